@@ -1,0 +1,123 @@
+"""Save a quantized network as integer codes and scales, and load it back with equal outputs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edadm.errors import EdadmError
+from edadm.quant.network import Bits, QuantModel, SitePlan
+
+FORMAT = 1
+WEIGHTS, DESCRIPTION = "quantized.safetensors", "quantized.json"
+
+logger = logging.getLogger(__name__)
+
+
+def save(network: QuantModel, folder: str | Path, **facts: Any) -> Path:
+    """Write ``quantized.safetensors`` (codes, scales, zero points, float parts) and ``quantized.json`` into folder.
+
+    facts: anything JSON can hold that the description should carry (task, method, hash of the run).
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.contiguous() for key, value in _tensors(network).items()}, folder / WEIGHTS)
+    config = {key: value for key, value in dict(network.model.config).items() if not key.startswith("_")}
+    description = {
+        "format": FORMAT,
+        "note": "fake-quantized: the codes are integers, every operation runs in floating point",
+        "model_class": type(network.model).__name__,
+        "model_config": config,
+        "bits": asdict(network.bits),
+        "plan": {
+            "edge": {role: dict(rule) for role, rule in network.plan.edge.items()},
+            "split": network.plan.split,
+            "matmuls": network.plan.matmuls,
+        },
+        **facts,
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True, default=list) + "\n")
+    return folder
+
+
+def load(folder: str | Path) -> QuantModel:
+    """Load a folder written by ``save``; outputs equal those of the saved network to the bit on the same machine.
+
+    Raises EdadmError when a file is missing, broken, of another format or does not fit the network.
+    """
+    import diffusers
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text())
+        tensors = load_file(folder / WEIGHTS)
+    except Exception as error:
+        raise EdadmError(f"no readable quantized model in {folder} ({error}): expected {WEIGHTS} and {DESCRIPTION}") from error
+    if description.get("format") != FORMAT:
+        raise EdadmError(f"{folder} has format {description.get('format')}, this version reads {FORMAT}: save it again")
+    model = getattr(diffusers, description["model_class"]).from_config(description["model_config"])
+    plan = description["plan"]
+    network = QuantModel.wrap(
+        model, Bits(**description["bits"]), SitePlan(plan["edge"], plan["split"], plan["matmuls"])
+    )
+    _install(network, tensors, str(folder))
+    network.set_state(weights=True, activations=True)
+    logger.info("loaded a fake-quantized model from %s: integer codes, floating-point arithmetic", folder)
+    return network
+
+
+def _quantized_layers(network: QuantModel):
+    return [layer for layer in network.layers.values() if layer.bits.weight < 16]
+
+
+def _tensors(network: QuantModel) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    codes_of = {f"{layer.name}.weight" for layer in _quantized_layers(network)}
+    for key, value in network.model.state_dict().items():
+        if key not in codes_of and "quantizer" not in key and ".matmul." not in key:
+            tensors[f"float.{key}"] = value
+    for layer in _quantized_layers(network):
+        for quantizer, codes in zip(layer.weight_quantizers, layer.weight_codes()):
+            tensors[f"{quantizer.name}.codes"] = codes
+            tensors[f"{quantizer.name}.scale"] = quantizer.scale
+            tensors[f"{quantizer.name}.zero_point"] = quantizer.zero_point
+    for quantizer in network.activation_quantizers:
+        tensors[f"{quantizer.name}.scale"] = quantizer.scale.detach()
+        tensors[f"{quantizer.name}.zero_point"] = quantizer.zero_point
+    return tensors
+
+
+@torch.no_grad()
+def _install(network: QuantModel, tensors: dict[str, torch.Tensor], source: str) -> None:
+    expected = set(_expected_keys(network))
+    if expected != tensors.keys():
+        wrong = sorted(expected ^ tensors.keys())
+        raise EdadmError(f"{source} does not fit its own description, differing keys: {', '.join(wrong[:6])}")
+    state = {key.removeprefix("float."): value for key, value in tensors.items() if key.startswith("float.")}
+    network.model.load_state_dict(state, strict=False)
+    for layer in _quantized_layers(network):
+        for quantizer in layer.weight_quantizers:
+            quantizer.set(tensors[f"{quantizer.name}.scale"], tensors[f"{quantizer.name}.zero_point"])
+        layer.set_weight_codes([tensors[f"{quantizer.name}.codes"] for quantizer in layer.weight_quantizers])
+    for quantizer in network.activation_quantizers:
+        quantizer.set(tensors[f"{quantizer.name}.scale"], tensors[f"{quantizer.name}.zero_point"])
+
+
+def _expected_keys(network: QuantModel):
+    codes_of = {f"{layer.name}.weight" for layer in _quantized_layers(network)}
+    for key in network.model.state_dict():
+        if key not in codes_of and "quantizer" not in key and ".matmul." not in key:
+            yield f"float.{key}"
+    for layer in _quantized_layers(network):
+        for quantizer in layer.weight_quantizers:
+            yield from (f"{quantizer.name}.codes", f"{quantizer.name}.scale", f"{quantizer.name}.zero_point")
+    for quantizer in network.activation_quantizers:
+        yield from (f"{quantizer.name}.scale", f"{quantizer.name}.zero_point")

@@ -1,0 +1,209 @@
+"""Quantized layers: a convolution or linear layer with its weight and input quantizers, and the attention products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from edadm.errors import EdadmError
+from edadm.quant.quantizer import ActivationQuantizer, WeightQuantizer
+from edadm.quant.rounding import init_alpha, soft_weight
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """Bit widths of one layer. 16 and 32 mean floating point."""
+
+    weight: int
+    act: int
+
+
+class QuantLayer(nn.Module):
+    """A Conv1d, Conv2d or Linear whose weight (per output channel) and input (per tensor) are fake-quantized.
+
+    With ``split`` the input is a concatenation of two tensors along channels: each part has its own activation
+    quantizer and its own weight quantizer, one convolution runs on both (Q-Diffusion, section 4.2).
+    """
+
+    def __init__(self, source: nn.Module, name: str, role: str, bits: LayerBits, split: int | None = None):
+        super().__init__()
+        self.name, self.role, self.bits, self.split = name, role, bits, split
+        self.weight = nn.Parameter(source.weight.detach(), requires_grad=False)
+        self.bias = None if source.bias is None else nn.Parameter(source.bias.detach(), requires_grad=False)
+        self._operation = _operation(source, name)
+        parts = 1 if split is None else 2
+        suffixes = ("", "_0")[:parts]
+        self.weight_quantizers = nn.ModuleList(
+            WeightQuantizer(bits.weight, f"{name}.weight_quantizer{suffix}") for suffix in suffixes
+        )
+        self.act_quantizers = nn.ModuleList(
+            ActivationQuantizer(bits.act, f"{name}.act_quantizer{suffix}") for suffix in suffixes
+        )
+        self.weight_enabled = False
+        self.weight_is_quantized = False
+        self.alphas: nn.ParameterList | None = None
+        self._dequantized: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.split is None:
+            x = self.act_quantizers[0](x)
+        elif self.act_quantizers[0].enabled:
+            x = torch.cat([quantize(part) for quantize, part in zip(self.act_quantizers, self._parts(x))], 1)
+        return self._operation(x, self._effective_weight(), self.bias)
+
+    def _parts(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Split an input (B, C, ...) or a weight (C_out, C, ...) along its channels."""
+        if self.split is None:
+            return (tensor,)
+        return tensor[:, : self.split], tensor[:, self.split :]
+
+    def _effective_weight(self) -> torch.Tensor:
+        if not self.weight_enabled or self.bits.weight >= 16:
+            return self.weight
+        if self.alphas is not None:
+            return self._join(
+                soft_weight(part, q.scale, q.zero_point, q.levels, alpha)
+                for part, q, alpha in zip(self._parts(self.weight), self.weight_quantizers, self.alphas)
+            )
+        return self.quantized_weight()
+
+    def _join(self, parts) -> torch.Tensor:
+        parts = list(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    @torch.no_grad()
+    def quantized_weight(self) -> torch.Tensor:
+        """Return the dequantized weight (C_out, ...), computed once after each change of ranges or rounding."""
+        if self._dequantized is None:
+            self._dequantized = self._join(
+                q.hard(part) for part, q in zip(self._parts(self.weight), self.weight_quantizers)
+            )
+        return self._dequantized
+
+    @torch.no_grad()
+    def weight_codes(self) -> list[torch.Tensor]:
+        """Return the unsigned integer codes of each weight part, uint8 with the shape of the part."""
+        codes = []
+        for part, q in zip(self._parts(self.quantized_weight()), self.weight_quantizers):
+            shape = (-1,) + (1,) * (part.ndim - 1)
+            codes.append((part / q.scale.view(shape)).round_().add_(q.zero_point.view(shape)).to(torch.uint8))
+        return codes
+
+    @torch.no_grad()
+    def set_weight_codes(self, codes: list[torch.Tensor]) -> None:
+        """Install stored codes: the full-precision weight is gone, its dequantized value takes its place."""
+        parts = []
+        for code, q in zip(codes, self.weight_quantizers):
+            shape = (-1,) + (1,) * (code.ndim - 1)
+            parts.append((code.to(q.scale.dtype) - q.zero_point.view(shape)) * q.scale.view(shape))
+        self.weight.data = self._join(parts)
+        self._dequantized = self.weight.data
+        self.weight_is_quantized = True
+
+    @torch.no_grad()
+    def set_weight_ranges(self, ranges) -> None:
+        """Set scale and zero point of each weight part; ``ranges.weight(part, bits)`` returns both, each (C_out,)."""
+        if self.bits.weight >= 16:
+            return
+        for part, q in zip(self._parts(self.weight), self.weight_quantizers):
+            if not torch.isfinite(part).all():
+                raise EdadmError(f"weight of {self.name} has NaN or Inf: check the checkpoint")
+            q.set(*ranges.weight(part, q.bits))
+        self._dequantized = None
+
+    def start_rounding(self) -> list[nn.Parameter]:
+        """Make the rounding of each weight part learnable (AdaRound) and return the variables alpha."""
+        if self.bits.weight >= 16:
+            return []
+        self.alphas = nn.ParameterList(
+            nn.Parameter(init_alpha(part, q.scale))
+            for part, q in zip(self._parts(self.weight), self.weight_quantizers)
+        )
+        return list(self.alphas)
+
+    @torch.no_grad()
+    def finish_rounding(self) -> None:
+        """Fix the rounding by the sign of alpha."""
+        for alpha, q in zip(self.alphas or (), self.weight_quantizers):
+            q.hard_up = alpha >= 0
+        self.alphas = None
+        self._dequantized = None
+
+    def invalidate(self) -> None:
+        """Forget the cached dequantized weight after scale, zero point or rounding were written from outside."""
+        self._dequantized = None
+
+
+def _operation(source: nn.Module, name: str) -> Callable[..., torch.Tensor]:
+    if isinstance(source, nn.Linear):
+        return F.linear
+    if not isinstance(source, nn.Conv1d | nn.Conv2d) or source.padding_mode != "zeros":
+        raise EdadmError(
+            f"{name}: {type(source).__name__} with padding mode {getattr(source, 'padding_mode', '-')!r} "
+            "has no quantized form here; add one to edadm/quant/layers.py"
+        )
+    convolve = F.conv1d if isinstance(source, nn.Conv1d) else F.conv2d
+    stride, padding, dilation, groups = source.stride, source.padding, source.dilation, source.groups
+
+    def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return convolve(x, weight, bias, stride, padding, dilation, groups)
+
+    return convolution
+
+
+class AttentionMatmul(nn.Module):
+    """Scaled dot-product attention with quantized q, k, v and softmax output (golden README 10.1).
+
+    The logits are scaled after the product of the quantized q and k, as the DDIM and transformer blocks do.
+    """
+
+    def __init__(self, name: str, act_bits: int, softmax_bits: int):
+        super().__init__()
+        self.name = name
+        self.q, self.k, self.v = (ActivationQuantizer(act_bits, f"{name}.{letter}") for letter in "qkv")
+        self.w = ActivationQuantizer(softmax_bits, f"{name}.w")
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None):
+        """q (B, heads, N, d), k and v (B, heads, M, d), mask added to the logits; returns (B, heads, N, d)."""
+        if not any(quantizer.enabled for quantizer in self.children()):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        logits = self.q(q) @ self.k(k).transpose(-1, -2) * q.shape[-1] ** -0.5
+        weights = (logits if mask is None else logits + mask).softmax(-1)
+        value = self.v(v)
+        return self.w(weights) @ value
+
+
+class QuantAttention:
+    """A diffusers attention processor that sends the products through the block's ``AttentionMatmul``."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
+        tokens = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x  # (B, N, C)
+        if attn.group_norm is not None:
+            tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
+        context = tokens if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        q, k, v = (
+            linear(source).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+            for linear, source in ((attn.to_q, tokens), (attn.to_k, context), (attn.to_v, context))
+        )
+        if attn.norm_q is not None:
+            q = attn.norm_q(q)
+        if attn.norm_k is not None:
+            k = attn.norm_k(k)
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(tokens))
+            attention_mask = attention_mask.view(len(tokens), attn.heads, -1, attention_mask.shape[-1])
+        out = attn.matmul(q, k, v, attention_mask).transpose(1, 2).flatten(2)  # (B, N, C)
+        for layer in attn.to_out:
+            out = layer(out)
+        if hidden_states.ndim == 4:
+            out = out.transpose(1, 2).reshape(hidden_states.shape)
+        if attn.residual_connection:
+            out = out + hidden_states
+        return out / attn.rescale_output_factor

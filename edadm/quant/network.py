@@ -1,0 +1,221 @@
+"""A diffusers denoiser with every convolution, linear layer and attention product fake-quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from edadm.errors import EdadmError
+from edadm.quant.families import family_of
+from edadm.quant.layers import AttentionMatmul, LayerBits, QuantAttention, QuantLayer
+from edadm.quant.quantizer import ActivationQuantizer
+
+WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
+SUPPORTED_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Nominal bit widths; 16 and 32 leave the tensor in floating point."""
+
+    weight: int
+    act: int
+    softmax: int = 8
+
+    def __post_init__(self) -> None:
+        for what in ("weight", "act", "softmax"):
+            if getattr(self, what) not in WIDTHS:
+                raise EdadmError(f"bits.{what}={getattr(self, what)}: choose 2 to 8, or 16 / 32 to leave it in floating point")
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """Which sites are quantized and how far edge layers deviate from the nominal bits.
+
+    edge: role of a layer -> {"weight": bits, "act": bits}; a width never replaces a nominal 16 or 32.
+    """
+
+    edge: Mapping[str, Mapping[str, int]] = field(default_factory=lambda: MappingProxyType({}))
+    split: bool = True
+    matmuls: bool = True
+
+    def layer_bits(self, role: str, bits: Bits) -> LayerBits:
+        rule = self.edge.get(role, {})
+        weight = bits.weight if bits.weight >= 16 else rule.get("weight", bits.weight)
+        act = bits.act if bits.act >= 16 else rule.get("act", bits.act)
+        return LayerBits(weight, act)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantizer: where it is, what it quantizes and at how many bits."""
+
+    name: str
+    role: str
+    kind: str
+    bits: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the network that is reconstructed as a whole.
+
+    kind: "block" (several layers), "layer" (one layer) or "matmul" (the products of an attention).
+    layers: in registration order. end: name of the layer that ends the main path of a block.
+    """
+
+    name: str
+    kind: str
+    module: nn.Module
+    layers: tuple[QuantLayer, ...]
+    matmuls: tuple[AttentionMatmul, ...]
+    end: str | None
+
+    @property
+    def activation_quantizers(self) -> list[ActivationQuantizer]:
+        return [q for q in self.module.modules() if isinstance(q, ActivationQuantizer) and q.bits < 16]
+
+
+class QuantModel(nn.Module):
+    """A denoiser whose layers were replaced by quantized ones; called like the denoiser itself.
+
+    Build it with ``QuantModel.wrap``; both quantizer kinds start switched off, so it equals the wrapped network.
+    """
+
+    def __init__(self, model: nn.Module, bits: Bits, plan: SitePlan):
+        super().__init__()
+        self.model, self.bits, self.plan = model, bits, plan
+        self.family = family_of(model)
+        self.layers: dict[str, QuantLayer] = {}
+        self.matmuls: dict[str, AttentionMatmul] = {}
+
+    @classmethod
+    def wrap(cls, model: nn.Module, bits: Bits, plan: SitePlan | None = None) -> QuantModel:
+        """Replace the layers of ``model`` in place. Raises EdadmError naming a module that has no role."""
+        quant_model = cls(model.eval().requires_grad_(False), bits, plan or SitePlan())
+        quant_model._replace_layers()
+        quant_model._replace_attention()
+        quant_model.units("block")
+        return quant_model
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+    def _replace_layers(self) -> None:
+        splits = self.family.splits(self.model) if self.plan.split else {}
+        for name, module in list(self.model.named_modules()):
+            if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d):
+                continue
+            if self.family.is_float(name):
+                continue
+            role = self.family.layer_role(name)
+            if role is None:
+                raise EdadmError(
+                    f"no role for {name} ({type(module).__name__}): "
+                    f"add it to ROLES in {self.family.__name__.replace('.', '/')}.py"
+                )
+            layer = QuantLayer(module, name, role, self.plan.layer_bits(role, self.bits), splits.get(name))
+            self.model.set_submodule(name, layer)
+            self.layers[name] = layer
+
+    def _replace_attention(self) -> None:
+        for name, module in list(self.model.named_modules()):
+            if not hasattr(module, "set_processor"):
+                continue
+            processor = type(module.processor).__name__
+            if processor not in SUPPORTED_PROCESSORS or getattr(module, "fused_projections", False):
+                raise EdadmError(
+                    f"{name} uses {processor}{' with fused projections' if processor in SUPPORTED_PROCESSORS else ''}, "
+                    "which hides the attention products from quantization: "
+                    "call set_default_attn_processor() or unfuse_qkv_projections() first"
+                )
+            if self.plan.matmuls:
+                module.matmul = AttentionMatmul(f"{name}.matmul", self.bits.act, self.bits.softmax if self.bits.act < 16 else 32)
+                module.set_processor(QuantAttention())
+                self.matmuls[f"{name}.matmul"] = module.matmul
+
+    def units(self, granularity: str) -> list[Unit]:
+        """Return the reconstruction units in execution order, "block" or "layer" sized."""
+        blocks = [self._unit(name, self.model.get_submodule(name)) for name in self.family.units(self.model)]
+        covered = [layer.name for unit in blocks for layer in unit.layers]
+        if sorted(covered) != sorted(self.layers):
+            missing = sorted(set(self.layers) - set(covered)) or sorted({n for n in covered if covered.count(n) > 1})
+            raise EdadmError(f"layers in no unit or in two: {', '.join(missing)}; see units() of {self.family.__name__}")
+        if granularity == "block":
+            return blocks
+        if granularity == "layer":
+            return [part for unit in blocks for part in self._split_unit(unit)]
+        raise ValueError(f"granularity must be 'block' or 'layer', not {granularity!r}")
+
+    def _unit(self, name: str, module: nn.Module) -> Unit:
+        layers = tuple(m for m in module.modules() if isinstance(m, QuantLayer))
+        matmuls = tuple(m for m in module.modules() if isinstance(m, AttentionMatmul))
+        kind = "layer" if isinstance(module, QuantLayer) else "matmul" if isinstance(module, AttentionMatmul) else "block"
+        ends = [layer.name for layer in layers if layer.role in self.family.MAIN_PATH_END]
+        return Unit(name, kind, module, layers, matmuls, ends[-1] if kind == "block" and ends else None)
+
+    def _split_unit(self, unit: Unit) -> list[Unit]:
+        if unit.kind == "layer":
+            return [unit]
+        parts = [self._unit(layer.name, layer) for layer in unit.layers]
+        if unit.matmuls:
+            out = next(i for i, layer in enumerate(unit.layers) if layer.role == "attention_out")
+            parts[out:out] = [self._unit(matmul.name, matmul) for matmul in unit.matmuls]
+        return parts
+
+    @property
+    def activation_quantizers(self) -> list[ActivationQuantizer]:
+        """The activation quantizers in use, in registration order."""
+        return [q for q in self.modules() if isinstance(q, ActivationQuantizer) and q.bits < 16]
+
+    def set_state(self, weights: bool, activations: bool) -> None:
+        """Switch weight and activation quantization of the whole network on or off."""
+        for layer in self.layers.values():
+            if not weights and layer.weight_is_quantized:
+                raise EdadmError("a loaded quantized model has no full-precision weights: load the original network")
+            layer.weight_enabled = weights
+        for quantizer in self.activation_quantizers:
+            quantizer.enabled = activations
+
+    def sites(self) -> list[Site]:
+        """List every quantizer in execution order of its unit; 32 bits marks a site left in floating point."""
+        return [site for unit in self.units("block") for site in _unit_sites(unit)]
+
+
+def _unit_sites(unit: Unit) -> list[Site]:
+    sites = []
+    for layer in unit.layers:
+        sites += [Site(q.name, layer.role, "weight", q.bits, unit.name) for q in layer.weight_quantizers]
+        sites += [Site(q.name, layer.role, "act", q.bits, unit.name) for q in layer.act_quantizers]
+    for matmul in unit.matmuls:
+        sites += [Site(q.name, "attention", "matmul", q.bits, unit.name) for q in matmul.children()]
+    return sites
+
+
+def unit_state(unit: Unit) -> dict[str, torch.Tensor]:
+    """Return what reconstruction changes in a unit: rounding masks (bool) and activation scales."""
+    state = {}
+    for layer in unit.layers:
+        for q in layer.weight_quantizers:
+            if q.hard_up is not None:
+                state[f"{q.name}.hard_up"] = q.hard_up.clone()
+    for q in unit.activation_quantizers:
+        state[f"{q.name}.scale"] = q.scale.detach().clone()
+    return state
+
+
+@torch.no_grad()
+def load_unit_state(unit: Unit, state: Mapping[str, torch.Tensor]) -> None:
+    """Restore what ``unit_state`` returned, to the bit."""
+    for layer in unit.layers:
+        for q in layer.weight_quantizers:
+            if f"{q.name}.hard_up" in state:
+                q.hard_up = state[f"{q.name}.hard_up"].to(layer.weight.device, torch.bool)
+        layer.invalidate()
+    for q in unit.activation_quantizers:
+        q.scale.copy_(state[f"{q.name}.scale"])

@@ -1,0 +1,46 @@
+"""Quantized attention block and resnet with split shortcut (golden README 10)."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from edadm.quant.layers import QuantLayer
+from edadm.quant.network import Bits, QuantModel, SitePlan
+from tests.golden.cases import load
+from tests.golden.official import block_module, quantizers_of
+
+
+@pytest.mark.parametrize("folder", ["09_attention", "09b_split_shortcut"])
+def test_block_output_equals_official(folder, golden, golden_unet, official_names):
+    case, tensors = load(golden / "eda_ddim" / folder)
+    for tag, variant in case["variants"].items():
+        bits = Bits(variant["weight_bits"], variant["act_bits"], variant["softmax_bits"])
+        network = QuantModel.wrap(copy.deepcopy(golden_unet), bits, SitePlan())
+        quantizers = quantizers_of(network, official_names, case["block"])
+        block = network.model.get_submodule(block_module(case["block"], official_names))
+        if "split" in case:
+            splits = [m.split for m in block.modules() if isinstance(m, QuantLayer) and m.split]
+            assert splits == [case["split"]]
+        for name, facts in variant["quantizers"].items():
+            assert quantizers[name].bits == facts["bits"], name
+            quantizers[name].set(
+                tensors[f"{tag}.{name}.delta"], tensors[f"{tag}.{name}.zero_point"]
+            )
+        arguments = [tensors["x"]] + ([tensors["temb"]] if "temb" in tensors else [])
+        with torch.no_grad():
+            float_output = block(*arguments)
+            network.set_state(weights=True, activations=True)
+            output = block(*arguments)
+        if "y_fp" in tensors:
+            assert _relative(float_output, tensors["y_fp"]).max() <= 2e-5
+        error = _relative(output, tensors[f"{tag}.y"])
+        tolerance = case["tolerance"]["y_max_abs_rel_to_max"]
+        assert (error > tolerance).float().mean() <= 1e-3, tag
+
+
+def _relative(value, expected):
+    return (value - expected).abs() / expected.abs().max()
+
