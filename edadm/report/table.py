@@ -1,0 +1,344 @@
+"""Tables from records: which runs share a table, a row and a cell, and what must be said under it.
+
+A table holds runs that differ in the method only: same task, bits, scope, preset, profile, number of images and
+protocol. A row is a method with its non-default slots, over seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from edadm.records import Record, date
+from edadm.report.diff import flatten
+from edadm.report.labels import base_label, by_label, plain
+from edadm.report.missing import Missing, command, fp_command, missing_seeds
+from edadm.store import content_hash
+
+FEW_IMAGES = 5000
+FEW_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric of a table; n is the number of images (or trajectories) behind its values if they all agree."""
+
+    name: str
+    higher_is_better: bool | None
+    proxy: bool
+    unit: str | None
+    n: int | None
+
+    @property
+    def arrow(self) -> str:
+        """Return the direction of better as an arrow, empty where there is none."""
+        return {True: "↑", False: "↓", None: ""}[self.higher_is_better]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One metric of one row over its seeds; ``text`` stands in where there is no value."""
+
+    mean: float | None = None
+    std: float | None = None  # over seeds, n - 1 in the denominator; None with a single seed
+    interval: tuple[float, float] | None = None  # of a single seed, over images
+    text: str = ""
+    best: bool = False
+    off_band: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method over its seeds; seconds and MiB are those of quantization."""
+
+    label: str
+    is_fp: bool
+    cells: tuple[Cell, ...]
+    seeds: tuple[int, ...] = ()
+    tried: int = 0
+    seconds: float | None = None
+    peak_mib: float | None = None
+    hashes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Comparable runs; ``facts`` say what they share, ``missing`` which command fills a gap."""
+
+    heading: str
+    subtitle: str
+    facts: dict[str, Any]
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    missing: tuple[Missing, ...]
+    protocol: dict[str, Any]
+
+
+Group = tuple[Any, ...]
+
+
+def tables(records: Iterable[Record]) -> list[Table]:
+    """Return one table for each group of comparable runs, sorted by what they share; full precision opens each."""
+    families: dict[Group, list[Record]] = defaultdict(list)
+    for record in sorted(records, key=lambda record: (record.hash, date(record))):
+        families[family(record)].append(record)
+    return [table for key in sorted(families) for table in _family_tables(families[key])]
+
+
+def family(record: Record) -> Group:
+    """Return what a full-precision row shares with every run it can be compared with."""
+    return (record.task, record.n_images, record.precision, content_hash(plain(record.protocol)))
+
+
+def _group(record: Record) -> Group:
+    """Return what the runs of one table share beyond their family."""
+    bits = record.bits
+    return (record.profile, record.scope, record.preset, -bits.weight, -bits.act, -bits.softmax)
+
+
+def _family_tables(family: list[Record]) -> list[Table]:
+    full_precision = [record for record in family if record.is_fp]
+    groups: dict[Group, list[Record]] = defaultdict(list)
+    for record in family:
+        if not record.is_fp:
+            groups[_group(record)].append(record)
+    if not groups:
+        return [_table(full_precision, full_precision, [])]
+    found = []
+    for key in sorted(groups):
+        siblings = [record for other in groups if other[:3] == key[:3] for record in groups[other]]
+        found.append(_table(groups[key], full_precision, siblings))
+    return found
+
+
+def _table(group: list[Record], full_precision: list[Record], siblings: list[Record]) -> Table:
+    """Build one table from its runs, the FP runs, and the runs at all bit widths that are otherwise alike."""
+    first = group[0]
+    quantized = [record for record in group if not record.is_fp]
+    columns = _columns([*full_precision, *quantized])
+    notes: list[str] = []
+    missing: list[Missing] = []
+    rows = [_fp_row(first, full_precision, columns, notes, missing)]
+    absent = {base_label(record) for record in siblings} - {base_label(record) for record in quantized}
+    labelled: dict[str, list[Record]] = by_label(quantized) | {label: [] for label in absent}
+    for label, runs in sorted(labelled.items()):
+        rows.append(_row(label, runs, columns, notes))
+        missing += _missing_metrics(label, runs, columns)
+    missing += missing_seeds(labelled, siblings, first)
+    notes += _differences(labelled, columns)
+    demo = first.profile == "demo"
+    if not demo:
+        rows = _mark_best(rows, columns)
+    return Table(
+        heading=f"demo profile, n={first.n_images}: too few for a verdict" if demo else _title(first),
+        subtitle=_title(first) if demo else "",
+        facts=_facts(first),
+        columns=columns,
+        rows=tuple(rows),
+        notes=(*notes, *_general_notes(first, columns, rows, demo)),
+        missing=tuple(missing),
+        protocol=flatten(first.protocol) if first.protocol else {},
+    )
+
+
+def _title(record: Record) -> str:
+    if record.is_fp:
+        return f"{record.task}, full precision, n={record.n_images}"
+    shared = f"scope {record.scope}, preset {record.preset}, profile {record.profile}, n={record.n_images}"
+    return f"{record.task}, W{record.bits.weight}A{record.bits.act}, {shared}"
+
+
+def _facts(record: Record) -> dict[str, Any]:
+    bits = record.bits
+    return {
+        "task": record.task,
+        "bits": "fp" if record.is_fp else f"W{bits.weight}A{bits.act}",
+        "softmax": bits.softmax,
+        "scope": record.scope,
+        "preset": record.preset,
+        "profile": record.profile,
+        "n_images": record.n_images,
+        "precision": record.precision,
+    }
+
+
+def _columns(records: list[Record]) -> tuple[Column, ...]:
+    """Return the scalar metrics of some runs in the order the runs name them."""
+    results: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for record in records:
+        for name, result in record.metrics.items():
+            if "values" not in result and not isinstance(result.get("value"), list):
+                results[name].append(result)
+    return tuple(_column(name, found) for name, found in results.items())
+
+
+def _column(name: str, results: list[Mapping[str, Any]]) -> Column:
+    def first(key: str) -> Any:
+        return next((result[key] for result in results if result.get(key) is not None), None)
+
+    counts = {result.get("n") for result in results if result.get("value") is not None}
+    n = counts.pop() if len(counts) == 1 else None
+    return Column(name, first("higher_is_better"), bool(first("proxy")), first("unit"), n)
+
+
+def _fp_row(
+    first: Record, runs: list[Record], columns: Sequence[Column], notes: list[str], missing: list[Missing]
+) -> Row:
+    """Return the full-precision row, flagged where it misses the band that the task expects."""
+    if not runs:
+        missing.append(Missing("the full-precision row", fp_command(first)))
+        return replace(_row("FP", [], columns, notes), is_fp=True)
+    row = _row("FP", runs, columns, notes)
+    bands = {name: band for record in (first, *runs) for name, band in record.expected_band.items()}
+    cells = list(row.cells)
+    for index, column in enumerate(columns):
+        band, mean = bands.get(column.name), cells[index].mean
+        if band is not None and mean is not None and not band[0] <= mean <= band[1]:
+            cells[index] = replace(cells[index], off_band=True)
+            notes.append(
+                f"(!) FP has {column.name} {mean:.4g}, outside of [{band[0]:.4g}, {band[1]:.4g}] that the task "
+                "expects: explain this before trusting any row."
+            )
+    return replace(row, is_fp=True, cells=tuple(cells))
+
+
+def _row(label: str, runs: list[Record], columns: Sequence[Column], notes: list[str]) -> Row:
+    """Summarise the runs of one method over its seeds; of several records of a seed the newest counts."""
+    if not runs:
+        return Row(label, False, tuple(Cell(text="missing") for _ in columns))
+    newest: dict[int, Record] = {}
+    for record in sorted(runs, key=lambda record: (record.status == "ok", date(record), record.hash)):
+        newest[record.seed] = record
+    if dropped := sorted(record.hash[:8] for record in runs if record is not newest[record.seed]):
+        notes.append(f"{label}: older records of the same seeds are left out: {', '.join(dropped)}.")
+    used = [newest[seed] for seed in sorted(newest)]
+    done = [record for record in used if record.status == "ok"]
+    for record in used:
+        if record.status != "ok":
+            notes.append(f"{label}, seed {record.seed}: {record.status}: {record.reason}")
+    states = "/".join(sorted({record.status for record in used}))
+    return Row(
+        label=label,
+        is_fp=False,
+        cells=tuple(_cell(label, column.name, done, states, notes) for column in columns),
+        seeds=tuple(record.seed for record in done),
+        tried=len(used),
+        seconds=_summary(statistics.fmean, [record.quantization_seconds for record in done]),
+        peak_mib=_summary(max, [record.quantization_peak_mib for record in done]),
+        hashes=tuple(record.hash for record in used),
+    )
+
+
+def _cell(label: str, metric: str, done: list[Record], states: str, notes: list[str]) -> Cell:
+    if not done:
+        return Cell(text=states)
+    results = [record.metrics[metric] for record in done if metric in record.metrics]
+    if done[0].is_fp and all(result.get("kind") == "paired" for result in results):
+        return Cell(text="–")  # full precision is not compared with itself
+    if not results:
+        return Cell(text="missing")
+    reasons = {str(r["reason"]): None for r in results if r.get("value") is None and r.get("reason")}
+    notes += [f"{label}: {metric} is n/a: {reason}" for reason in reasons]
+    values = [float(result["value"]) for result in results if result.get("value") is not None]
+    if not values or any(math.isnan(value) for value in values):
+        return Cell(text="n/a" if not values else "nan")
+    if len(values) == 1:
+        interval = next((r.get("interval") for r in results if r.get("value") is not None), None)
+        return Cell(mean=values[0], interval=None if interval is None else (float(interval[0]), float(interval[1])))
+    finite = all(math.isfinite(value) for value in values)
+    return Cell(mean=statistics.fmean(values), std=statistics.stdev(values) if finite else None)
+
+
+def _differences(rows: Mapping[str, list[Record]], columns: Sequence[Column]) -> list[str]:
+    """Return a note for each metric whose results carry their paired difference to full precision."""
+    notes = []
+    for column in columns:
+        texts = []
+        for label, runs in sorted(rows.items()):
+            found = [record.metrics.get(column.name, {}).get("difference_to_fp") for record in runs]
+            if known := [difference for difference in found if difference is not None]:
+                texts.append(f"{label} {_difference(known)}")
+        if texts:
+            what = f"{column.name} minus that of FP on the same noise (95 % by a paired bootstrap over images)"
+            notes.append(f"{what}: {'; '.join(texts)}.")
+    return notes
+
+
+def _difference(found: Sequence[Mapping[str, Any]]) -> str:
+    """Return the difference of one seed with its interval, or of several with the widest reach of their intervals."""
+    mean = statistics.fmean(difference["value"] for difference in found)
+    low = min(difference["interval"][0] for difference in found)
+    high = max(difference["interval"][1] for difference in found)
+    seeds = f" (mean and outer bounds of {len(found)} seeds)" if len(found) > 1 else ""
+    return f"{mean:+.4g} [{low:+.4g}, {high:+.4g}]{seeds}"
+
+
+def _missing_metrics(label: str, runs: list[Record], columns: Sequence[Column]) -> list[Missing]:
+    return [
+        Missing(f"{label}, seed {record.seed}: {', '.join(absent)}", command(record))
+        for record in runs
+        if record.status == "ok" and (absent := [c.name for c in columns if c.name not in record.metrics])
+    ]
+
+
+def _mark_best(rows: list[Row], columns: Sequence[Column]) -> list[Row]:
+    """Mark the best quantized row of every metric, and those that seeds do not tell from it.
+
+    Two rows are told apart when their means differ by more than two standard errors of the difference over seeds.
+    """
+    cells = {row.label: list(row.cells) for row in rows}
+    for index, column in enumerate(columns):
+        rivals = [row for row in rows if not row.is_fp and row.cells[index].mean is not None]
+        if column.higher_is_better is None or len(rivals) < 2:
+            continue
+        pick: Callable[..., Row] = max if column.higher_is_better else min
+        best = pick(rivals, key=lambda row: row.cells[index].mean)
+        for row in rivals:
+            if _tied(row, best, index):
+                cells[row.label][index] = replace(row.cells[index], best=True)
+    return [replace(row, cells=tuple(cells[row.label])) for row in rows]
+
+
+def _tied(row: Row, best: Row, index: int) -> bool:
+    """Say whether seeds do not tell a row from the best one; a single seed is lent the other row's spread."""
+    one, other = row.cells[index], best.cells[index]
+    if one.mean == other.mean:
+        return True
+    spread = [cell.std for cell in (one, other) if cell.std is not None]
+    if not spread or one.mean is None or other.mean is None:
+        return False
+    variances = [(cell.std if cell.std is not None else spread[0]) ** 2 for cell in (one, other)]
+    error = math.sqrt(variances[0] / len(row.seeds) + variances[1] / len(best.seeds))
+    return abs(one.mean - other.mean) <= 2 * error
+
+
+def _general_notes(first: Record, columns: Sequence[Column], rows: Sequence[Row], demo: bool) -> list[str]:
+    notes = []
+    if any(cell.best for row in rows for cell in row.cells):
+        notes.append(
+            "Bold: the best quantized row of a metric, and every row within two standard errors (over seeds) of it."
+        )
+    if not demo and any(0 < len(row.seeds) < FEW_SEEDS for row in rows if not row.is_fp):
+        notes.append(f"Rows with fewer than {FEW_SEEDS} seeds support no claim about a method.")
+    if any(cell.std is not None for row in rows for cell in row.cells):
+        notes.append("a ± b: mean and standard deviation over seeds.")
+    if any(cell.interval is not None for row in rows for cell in row.cells):
+        notes.append("a [b, c]: one seed with the interval of its metric over images.")
+    if proxies := [column.name for column in columns if column.proxy]:
+        notes.append(
+            f"Proxies ({', '.join(proxies)}): distances of a small embedded feature network that rank the rows of this "
+            "table; they are not FID, sFID or IS."
+        )
+    if first.n_images < FEW_IMAGES:
+        notes.append(f"n={first.n_images} images: not comparable with published FID.")
+    return notes
+
+
+def _summary(function: Callable[[list[float]], float], values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return function(known) if known else None
