@@ -60,7 +60,9 @@ def load(folder: str | Path) -> QuantModel:
         description = json.loads((folder / DESCRIPTION).read_text())
         tensors = load_file(folder / WEIGHTS)
     except Exception as error:
-        raise EdadmError(f"no readable quantized model in {folder} ({error}): expected {WEIGHTS} and {DESCRIPTION}") from error
+        raise EdadmError(
+            f"no readable quantized model in {folder} ({error}): expected {WEIGHTS} and {DESCRIPTION}"
+        ) from error
     if description.get("format") != FORMAT:
         raise EdadmError(f"{folder} has format {description.get('format')}, this version reads {FORMAT}: save it again")
     model = getattr(diffusers, description["model_class"]).from_config(description["model_config"])

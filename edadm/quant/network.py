@@ -29,7 +29,9 @@ class Bits:
     def __post_init__(self) -> None:
         for what in ("weight", "act", "softmax"):
             if getattr(self, what) not in WIDTHS:
-                raise EdadmError(f"bits.{what}={getattr(self, what)}: choose 2 to 8, or 16 / 32 to leave it in floating point")
+                raise EdadmError(
+                    f"bits.{what}={getattr(self, what)}: choose 2 to 8, or 16 / 32 to leave it in floating point"
+                )
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ class QuantModel(nn.Module):
                     "call set_default_attn_processor() or unfuse_qkv_projections() first"
                 )
             if self.plan.matmuls:
-                module.matmul = AttentionMatmul(f"{name}.matmul", self.bits.act, self.bits.softmax if self.bits.act < 16 else 32)
+                softmax_bits = self.bits.softmax if self.bits.act < 16 else 32
+                module.matmul = AttentionMatmul(f"{name}.matmul", self.bits.act, softmax_bits)
                 module.set_processor(QuantAttention())
                 self.matmuls[f"{name}.matmul"] = module.matmul
 
@@ -145,7 +148,9 @@ class QuantModel(nn.Module):
         covered = [layer.name for unit in blocks for layer in unit.layers]
         if sorted(covered) != sorted(self.layers):
             missing = sorted(set(self.layers) - set(covered)) or sorted({n for n in covered if covered.count(n) > 1})
-            raise EdadmError(f"layers in no unit or in two: {', '.join(missing)}; see units() of {self.family.__name__}")
+            raise EdadmError(
+                f"layers in no unit or in two: {', '.join(missing)}; see units() of {self.family.__name__}"
+            )
         if granularity == "block":
             return blocks
         if granularity == "layer":
@@ -155,7 +160,8 @@ class QuantModel(nn.Module):
     def _unit(self, name: str, module: nn.Module) -> Unit:
         layers = tuple(m for m in module.modules() if isinstance(m, QuantLayer))
         matmuls = tuple(m for m in module.modules() if isinstance(m, AttentionMatmul))
-        kind = "layer" if isinstance(module, QuantLayer) else "matmul" if isinstance(module, AttentionMatmul) else "block"
+        kinds = {QuantLayer: "layer", AttentionMatmul: "matmul"}
+        kind = kinds.get(type(module), "block")
         ends = [layer.name for layer in layers if layer.role in self.family.MAIN_PATH_END]
         return Unit(name, kind, module, layers, matmuls, ends[-1] if kind == "block" and ends else None)
 

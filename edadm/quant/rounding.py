@@ -81,7 +81,8 @@ def regulariser(alphas: Iterable[torch.Tensor], beta: float) -> torch.Tensor:
 
     The weight (0.01 in Q-Diffusion; EDA-DM disables the term) is the caller's. Source: golden README 8.2.
     """
-    return sum((1 - (rectified_sigmoid(alpha) - 0.5).abs().mul(2).pow(beta)).sum() for alpha in alphas)
+    terms = [(1 - (rectified_sigmoid(alpha) - 0.5).abs().mul(2).pow(beta)).sum() for alpha in alphas]
+    return torch.stack(terms).sum()
 
 
 def beta_schedule(

@@ -97,9 +97,7 @@ def test_every_site_belongs_to_one_unit_in_execution_order(rows):
     network = QuantModel.wrap(tiny_unet(), Bits(4, 8))
     for granularity in ("block", "layer"):
         units, called = network.units(granularity), []
-        hooks = [
-            unit.module.register_forward_pre_hook(lambda _m, _a, name=unit.name: called.append(name)) for unit in units
-        ]
+        hooks = [unit.module.register_forward_pre_hook(partial(_note, called, unit.name)) for unit in units]
         with torch.no_grad():
             network(*rows)
         for hook in hooks:
@@ -107,6 +105,10 @@ def test_every_site_belongs_to_one_unit_in_execution_order(rows):
         assert called == [unit.name for unit in units]
     names = [site.name for site in network.sites()]
     assert len(names) == len(set(names))
+
+
+def _note(called, name, _module, _inputs):
+    called.append(name)
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ MAIN_PATH_END = ("resnet_conv2", "attention_out")
 
 
 def matches(model: nn.Module) -> bool:
+    """Tell whether a denoiser belongs to this family."""
     return type(model).__name__ == "UNet2DModel"
 
 

@@ -1,0 +1,126 @@
+"""The DDIM sampler with explicit (timestep, next timestep) pairs.
+
+diffusers' own step derives the next timestep from an even spacing, which is wrong for quadratic timesteps; schedules
+still come from its scheduler (`edadm.sampling.schedule`). Source: DDIM eqs. 12 and 16, golden README 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edadm.errors import Diverged, EdadmError
+from edadm.sampling.schedule import alphas_cumprod, timesteps
+
+Denoise = Callable[[Tensor, Tensor], Any]
+"""Network call: x (B, C, H, W) and int64 timesteps (B,) to the noise, as a tensor or as a diffusers output."""
+
+Correct = Callable[[int, int, Tensor, Tensor], Tensor]
+"""Change of the predicted noise before the step: (k, t, x, eps) to eps."""
+
+Observe = Callable[[int, int, Tensor, Tensor], None]
+"""Look at call k: (k, t, x before the step, eps)."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """DDIM: which timesteps are visited and how much noise is added back.
+
+    spacing, steps: see `edadm.sampling.schedule.timesteps`. eta: 0 deterministic, 1 as much noise as DDPM.
+    """
+
+    spacing: str = "quad"
+    steps: int = 20
+    eta: float = 0.0
+    beta_schedule: str = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 2e-2
+    train_steps: int = 1000
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise EdadmError(f"eta is {self.eta}: choose 0 (deterministic) to 1 (as much noise as DDPM)")
+        timesteps(self.spacing, self.steps, self.train_steps)
+
+    @property
+    def timesteps(self) -> list[int]:
+        """The timestep of each network call, in the order of the calls."""
+        return timesteps(self.spacing, self.steps, self.train_steps)
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(t, next t) of each step; the last one goes to -1, where nothing but the image is left."""
+        visited = self.timesteps
+        return list(zip(visited, [*visited[1:], -1], strict=True))
+
+    def alpha_bar(self, t: int) -> Tensor:
+        """Return the share of signal variance at timestep t, 0-d float32 on the CPU; 1 at t = -1."""
+        schedule = alphas_cumprod(self.beta_schedule, self.beta_start, self.beta_end, self.train_steps)
+        return schedule[t] if t >= 0 else schedule.new_ones(())
+
+    def predict_x0(self, x: Tensor, eps: Tensor, t: int) -> Tensor:
+        """Return the image that x would be without the noise eps; never clipped."""
+        a = self.alpha_bar(t)
+        return (x - eps * (1 - a).sqrt()).div_(a.sqrt())
+
+    def step(self, x: Tensor, eps: Tensor, t: int, t_next: int, z: Tensor | None = None) -> Tensor:
+        """Go from timestep t to t_next.
+
+        x, eps: float32 (B, ...). z: standard normal of the same shape, needed when noise is added (eta > 0 and
+        t_next >= 0). Returns a new float32 tensor.
+        """
+        a, b = self.alpha_bar(t), self.alpha_bar(t_next)
+        sigma = self.eta * ((1 - a / b) * (1 - b) / (1 - a)).sqrt()
+        direction = ((1 - b) - sigma**2).sqrt()
+        out = self.predict_x0(x, eps, t).mul_(b.sqrt())
+        if sigma > 0:
+            if z is None:
+                raise ValueError(f"the step from {t} to {t_next} adds noise (eta {self.eta}) but z is missing")
+            out += sigma * z
+        return out.add_(direction * eps)
+
+    @torch.no_grad()
+    def run(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        noise_for_step: Callable[[int], Tensor] | None = None,
+        observe: Observe | None = None,
+        correct: Correct | None = None,
+    ) -> Tensor:
+        """Turn noise x into images with one network call per timestep.
+
+        x: float32 (B, C, H, W). noise_for_step: k to standard normal noise of the shape of x, for eta > 0.
+        Returns float32 images, nominally in [-1, 1]. Raises Diverged when NaN or Inf appears, naming the step.
+        """
+        pairs = self.pairs
+        for k, (t, t_next) in enumerate(pairs):
+            eps = unwrap(denoise(x, torch.full((len(x),), t, device=x.device))).float()
+            if correct is not None:
+                eps = correct(k, t, x, eps)
+            if observe is not None:
+                observe(k, t, x, eps)
+            z = noise_for_step(k) if noise_for_step is not None and self.eta > 0 else None
+            x = self.step(x, eps, t, t_next, z)
+            _require_finite(x, k, t, len(pairs))
+        return x
+
+
+def unwrap(output: Any) -> Tensor:
+    """Return the tensor of a module's output: itself, or the first entry of a tuple or diffusers output."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _require_finite(x: Tensor, k: int, t: int, steps: int) -> None:
+    finite = torch.isfinite(x).flatten(1).all(dim=1)
+    if not finite.all():
+        raise Diverged(
+            f"NaN or Inf in {int((~finite).sum())} of {len(x)} samples after sampling step {k + 1} of {steps} "
+            f"(timestep {t}): the network's output is not finite there. Use more bits, smaller learning rates or "
+            "precision=fp32"
+        )

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from edadm.calibration.trajectories import Trajectories, collect
+from edadm.errors import Diverged, EdadmError
+from edadm.sampling.ddim import Sampler
+from edadm.sampling.noise import CALIBRATION, EVALUATION, noise
+
+SHAPE = (3, 4, 4)
+SAMPLER = Sampler("quad", 3, eta=0.5)
+
+
+class Network(nn.Module):
+    """Depends on the whole batch, so that a changed layout shows; has a middle that returns a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.middle = Middle()
+        self.unused = nn.Identity()
+
+    def forward(self, x, t):
+        hidden, _ = self.middle(x, t)
+        return hidden[:, :3] + 0.1 * x.mean()
+
+
+class Middle(nn.Module):
+    def forward(self, x, t):
+        return torch.cat([x, x.flip(1)], dim=1) + t.view(-1, 1, 1, 1) / 1000, t
+
+
+def collected(n, **changes):
+    settings = {"shape": SHAPE, "seed": 0, "batch": 4, "feature_module": "middle"} | changes
+    return collect(Network(), SAMPLER, n, **settings)
+
+
+def test_inputs_and_features_of_every_step_are_kept():
+    made = collected(8)
+    assert made.x.dtype == made.features.dtype == torch.float32
+    assert made.x.shape == (3, 8, *SHAPE) and made.features.shape == (3, 8, 6, 4, 4)
+    assert made.timesteps.tolist() == SAMPLER.timesteps and (made.steps, made.count) == (3, 8)
+    assert torch.equal(made.x[0], noise(CALIBRATION, 0, range(8), SHAPE))
+    for k, t in enumerate(SAMPLER.timesteps):
+        assert torch.equal(made.features[k], Middle()(made.x[k], torch.full((8,), t))[0])
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 6])
+def test_a_trajectory_does_not_depend_on_how_many_there_are(n):
+    whole, part = collected(8), collected(n)
+    assert torch.equal(part.x, whole.x[:, :n]) and torch.equal(part.features, whole.features[:, :n])
+
+
+def test_seed_drives_the_noise_and_evaluation_has_its_own():
+    assert not torch.equal(collected(4).x[0], collected(4, seed=1).x[0])
+    assert not torch.equal(collected(4).x[0], noise(EVALUATION, 0, range(4), SHAPE))
+
+
+@pytest.mark.parametrize(("n", "kept"), [(8, 4), (3, 3)])
+def test_features_of_the_first_batch_only(n, kept):
+    made = collected(n, feature_batches=1)
+    assert made.features.shape[1] == kept and torch.equal(made.features, collected(n).features[:, :kept])
+
+
+def test_features_are_optional_and_leave_no_hook():
+    assert collected(4, feature_module=None).features is None
+    network = Network()
+    collect(network, SAMPLER, 2, shape=SHAPE, seed=0, feature_module="middle")
+    assert not network.middle._forward_hooks
+
+
+def test_features_outlive_changes_in_place():
+    class Changing(Network):
+        def forward(self, x, t):
+            hidden, _ = self.middle(x, t)
+            return hidden.mul_(0)[:, :3]
+
+    made = collect(Changing(), SAMPLER, 2, shape=SHAPE, seed=0, feature_module="middle")
+    assert (made.features != 0).any()
+
+
+def test_an_unknown_module_is_named_with_the_nearest_ones():
+    with pytest.raises(EdadmError, match=r"no module 'midle'.*did you mean middle"):
+        collected(2, feature_module="midle")
+
+
+def test_a_module_that_does_not_run_is_named():
+    with pytest.raises(EdadmError, match="unused was not run"):
+        collected(2, feature_module="unused")
+
+
+def test_a_function_has_no_features():
+    with pytest.raises(EdadmError, match="middle of a function"):
+        collect(lambda x, t: x, SAMPLER, 2, shape=SHAPE, seed=0, feature_module="middle")
+    assert collect(lambda x, t: x, SAMPLER, 2, shape=SHAPE, seed=0).count == 2
+
+
+def test_divergence_is_named():
+    with pytest.raises(Diverged, match="step 1 of 3"):
+        collect(lambda x, t: x * float("nan"), SAMPLER, 2, shape=SHAPE, seed=0)
+
+
+def test_progress_counts_the_trajectories_asked_for():
+    seen = []
+    collected(6, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(4, 6), (6, 6)]
+
+
+def test_save_and_load_keep_every_bit(tmp_path):
+    made = collected(4)
+    loaded = Trajectories.load(made.save(tmp_path / "t.safetensors", {"task": "toy"}))
+    assert torch.equal(loaded.x, made.x) and torch.equal(loaded.features, made.features)
+    assert torch.equal(loaded.timesteps, made.timesteps)
+    bare = Trajectories(made.x, made.timesteps)
+    assert Trajectories.load(bare.save(tmp_path / "t.safetensors")).features is None
+
+
+def test_tensors_that_do_not_fit_are_errors():
+    x, timesteps = torch.zeros(3, 2, 1), torch.tensor([2, 1, 0])
+    with pytest.raises(EdadmError, match="do not fit 2 timesteps"):
+        Trajectories(x, timesteps[:2])
+    with pytest.raises(EdadmError, match="do not belong to 3 steps of 2"):
+        Trajectories(x, timesteps, torch.zeros(3, 5, 1))
+    with pytest.raises(ValueError, match="0 trajectories"):
+        collected(0)
