@@ -28,7 +28,9 @@ def golden() -> Path:
 def pytest_terminal_summary(terminalreporter) -> None:
     """Say how many golden cases ran and how many were skipped: a green run without them proves little."""
     counts = {
-        outcome: sum("tests/golden/" in getattr(report, "nodeid", "") for report in terminalreporter.stats.get(outcome, []))
+        outcome: sum(
+            "tests/golden/" in getattr(report, "nodeid", "") for report in terminalreporter.stats.get(outcome, [])
+        )
         for outcome in ("passed", "failed", "skipped")
     }
     terminalreporter.write_line("golden cases: " + ", ".join(f"{n} {outcome}" for outcome, n in counts.items()))

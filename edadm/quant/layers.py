@@ -120,8 +120,7 @@ class QuantLayer(nn.Module):
         if self.bits.weight >= 16:
             return []
         self.alphas = nn.ParameterList(
-            nn.Parameter(init_alpha(part, q.scale))
-            for part, q in zip(self._parts(self.weight), self.weight_quantizers)
+            nn.Parameter(init_alpha(part, q.scale)) for part, q in zip(self._parts(self.weight), self.weight_quantizers)
         )
         return list(self.alphas)
 

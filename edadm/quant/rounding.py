@@ -30,37 +30,47 @@ def rectified_sigmoid(alpha: torch.Tensor) -> torch.Tensor:
     return (torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
+def _inside(values: torch.Tensor, upper: float, edges: bool) -> torch.Tensor:
+    return (values >= 0) & (values <= upper) if edges else (values > 0) & (values < upper)
+
+
 class _SoftWeight(torch.autograd.Function):
     """The soft weight with its gradient to alpha; keeps one tensor, d(weight) / d(alpha)."""
 
     @staticmethod
-    def forward(ctx, alpha, weight, scale, zero_point, levels):
+    def forward(ctx, alpha, weight, scale, zero_point, levels, edges):
         sigmoid = torch.sigmoid(alpha)
         stretched = sigmoid * (ZETA - GAMMA) + GAMMA
         h = stretched.clamp(0, 1)
         codes = torch.div(weight, scale).floor_().add_(h).add_(zero_point)
-        clamped = codes.clamp(0, levels - 1)
-        moves = torch.eq(h, stretched).logical_and_(torch.eq(codes, clamped))
+        moves = _inside(stretched, 1, edges) & _inside(codes, levels - 1, edges)
         slope = sigmoid.mul_(1 - sigmoid).mul_(ZETA - GAMMA).mul_(scale).mul_(moves)
         ctx.save_for_backward(slope)
-        return clamped.sub_(zero_point).mul_(scale)
+        return codes.clamp_(0, levels - 1).sub_(zero_point).mul_(scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (slope,) = ctx.saved_tensors
-        return grad * slope, None, None, None, None
+        return grad * slope, None, None, None, None, None
 
 
 def soft_weight(
-    weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, levels: int, alpha: torch.Tensor
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    levels: int,
+    alpha: torch.Tensor,
+    edges: bool = False,
 ) -> torch.Tensor:
     """Return (clamp(floor(w / s) + h(alpha) + z, 0, levels - 1) - z) * s with its gradient to alpha.
 
-    weight, alpha: (C_out, ...); scale, zero_point: (C_out,). Both clamps stop the gradient outside their bounds.
-    Source: golden README 8.1.
+    weight, alpha: (C_out, ...); scale, zero_point: (C_out,). Both clamps, of h and of the codes, stop the gradient
+    outside their bounds; edges: whether a value exactly on a bound still passes it, see ``quantizer.quantize_ste``.
+    Weights that lie on the grid start there. Source: golden README 8.1.
     """
-    return _SoftWeight.apply(alpha, weight, per_channel(scale, weight), per_channel(zero_point, weight), levels)
+    scale, zero_point = per_channel(scale, weight), per_channel(zero_point, weight)
+    return _SoftWeight.apply(alpha, weight, scale, zero_point, levels, edges)
 
 
 @torch.no_grad()

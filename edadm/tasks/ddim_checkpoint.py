@@ -1,4 +1,4 @@
-"""Read the original DDIM CIFAR-10 checkpoint layout (pesser/pytorch_diffusion, ermongroup/ddim) into ``UNet2DModel``."""
+"""Read the original DDIM CIFAR-10 checkpoint layout (pesser/pytorch_diffusion) into ``UNet2DModel``."""
 
 from __future__ import annotations
 

@@ -39,4 +39,3 @@ def test_blocks_equal_official(golden, golden_unet, official_names):
         expected = tensors[f"block.{block}.out"]
         error = (outputs[block][: case["rows_stored"]] - expected).abs().max() / expected.abs().max()
         assert error <= case["tolerance"]["block_max_abs_rel_to_max"], block
-

@@ -26,9 +26,7 @@ def test_block_output_equals_official(folder, golden, golden_unet, official_name
             assert splits == [case["split"]]
         for name, facts in variant["quantizers"].items():
             assert quantizers[name].bits == facts["bits"], name
-            quantizers[name].set(
-                tensors[f"{tag}.{name}.delta"], tensors[f"{tag}.{name}.zero_point"]
-            )
+            quantizers[name].set(tensors[f"{tag}.{name}.delta"], tensors[f"{tag}.{name}.zero_point"])
         arguments = [tensors["x"]] + ([tensors["temb"]] if "temb" in tensors else [])
         with torch.no_grad():
             float_output = block(*arguments)
@@ -43,4 +41,3 @@ def test_block_output_equals_official(folder, golden, golden_unet, official_name
 
 def _relative(value, expected):
     return (value - expected).abs() / expected.abs().max()
-

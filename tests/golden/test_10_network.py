@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_ranges_and_outputs_equal_official(case, networks, official_names):
         assert error <= tolerance["eps_weight_only_max_abs"]
 
         rows = zip(tensors["calib_x"].split(batch), tensors["calib_t"].split(batch))
-        set_activation_ranges(network, MSE(), [lambda x=x, t=t: network(x, t) for x, t in rows])
+        set_activation_ranges(network, MSE(), [partial(network, x, t) for x, t in rows])
         deltas = torch.tensor(
             [
                 abs(float(ours[name].scale) / float(tensors[f"{tag}.q.{name}.delta"]) - 1)
@@ -113,7 +114,7 @@ def test_units_follow_the_official_order(golden, networks, official_names):
     if isinstance(order["block"], dict):
         assert "raises" in order["block"]
         return
-    units = [unit for unit in network.units("block")]
+    units = network.units("block")
     first_layers = [unit.layers[0].name for unit in units]
     assert [kind for kind, _ in order["block"]] == [unit.kind for unit in units]
     for first, (_, official) in zip(first_layers, order["block"], strict=True):
