@@ -110,8 +110,6 @@ class QuantLayer(nn.Module):
         if self.bits.weight >= 16:
             return
         for part, q in zip(self._parts(self.weight), self.weight_quantizers):
-            if not torch.isfinite(part).all():
-                raise EdadmError(f"weight of {self.name} has NaN or Inf: check the checkpoint")
             q.set(*ranges.weight(part, q.bits, q.name))
         self._dequantized = None
 
