@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from edadm.metrics.tiny_network import TinyResNet
+from edadm.metrics.tiny_network import POOLED_FEATURES, TinyResNet
 from edadm.store import cache_root
 from edadm.tasks.base import load_unet2d
 from edadm.tasks.cifar10 import load_cifar10
@@ -47,11 +47,12 @@ DENOISER_CONFIG = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("denoiser", "features"))
-    parser.add_argument("--init", type=Path, help="denoiser: diffusers folder to continue from")
+    parser.add_argument("--init", type=Path, help="continue from a diffusers folder, or from features.safetensors")
     parser.add_argument("--epochs", type=float, default=14, help="passes over the 50,000 images, in total")
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--lr", type=float, help="peak learning rate (denoiser 4e-4, features 0.12)")
     parser.add_argument("--ema", type=float, default=0.9995, help="denoiser: decay of the weight average")
+    parser.add_argument("--noise-weight", type=float, default=4.0, help="features: weight of the noise estimate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default=None, help="name of the checkpoint in the cache")
     parser.add_argument("--export", type=Path, help="folder that receives the weights")
@@ -125,40 +126,81 @@ def train_denoiser(args: argparse.Namespace, device: torch.device, checkpoint: P
         model.save_config(args.export)
 
 
+class Graded(nn.Module):
+    """The classifier with a head that estimates the noise in an image, so that its features grow with the noise."""
+
+    def __init__(self, network: TinyResNet):
+        super().__init__()
+        self.network, self.noise = network, nn.Linear(POOLED_FEATURES, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pooled, _, logits = self.network.features(x)
+        return logits, self.noise(pooled)[:, 0]
+
+
 def train_features(args: argparse.Namespace, device: torch.device, checkpoint: Path) -> None:
-    """Classification with SGD, one cycle, random shifts, flips and label smoothing; reports the test accuracy."""
+    """Classification with SGD, one cycle, random shifts, flips and label smoothing; reports the test accuracy.
+
+    A quarter of the images is faded into noise whose deviation the network estimates: a classifier alone has no reason
+    to place more noise farther away, and a distance in its features would not rank bad samples.
+    """
     images, labels = load_cifar10("train")
     batches = Shuffled(images, labels, args.batch, args.seed)
-    model = TinyResNet().to(device, memory_format=torch.channels_last)
+    network = TinyResNet()
+    if args.init:
+        network.load_state_dict(load_file(args.init))
+    model = Graded(network).to(device, memory_format=torch.channels_last)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)
     lr = args.lr or 0.12
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     steps = int(args.epochs * batches.steps_per_epoch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.2, cycle_momentum=False)
     start, curve = resume(checkpoint, model, average, optimizer, schedule)
-    network = torch.compile(model) if args.compile else model
+    compiled = torch.compile(model) if args.compile else model
 
     def loss_of(step: int) -> torch.Tensor:
         x, y = batches(step)
-        x = to_unit_range(shifted(x, np.random.default_rng((args.seed, 2, step))), device).contiguous(
-            memory_format=torch.channels_last
-        )
-        logits = network(x).float()
-        return nn.functional.cross_entropy(logits, torch.from_numpy(y).to(device), label_smoothing=0.1)
+        rng = np.random.default_rng((args.seed, 2, step))
+        x = to_unit_range(shifted(x, rng), device)
+        deviation = torch.zeros(len(x), device=device)
+        if args.noise_weight:
+            x, deviation = noised(x, rng)
+        logits, estimate = compiled(x.contiguous(memory_format=torch.channels_last))
+        target = torch.from_numpy(y).to(device)
+        classes = nn.functional.cross_entropy(logits.float(), target, label_smoothing=0.1, reduction="none")
+        clear = (deviation == 0).float()
+        loss = (classes * clear).sum() / clear.sum().clamp(min=1)
+        return loss + args.noise_weight * (estimate.float() - deviation).square().mean()
 
     model.train()
     average.module.train()
     run(args, device, checkpoint, steps, start, curve, loss_of, model, average, optimizer, schedule)
-    average.module.eval()
-    accuracy = test_accuracy(average.module, device)
+    trained = average.module.eval().network
+    accuracy = test_accuracy(trained, device)
     print(f"test accuracy {accuracy:.4f}", flush=True)
     if args.export:
         args.export.mkdir(parents=True, exist_ok=True)
-        state = average.module.state_dict()
+        state = trained.state_dict()
         half = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in state.items()}
         save_file(half, args.export / "features.safetensors")
         facts = {"test_accuracy": accuracy, "epochs": args.epochs, "loss_curve": curve}
         (args.export / "training.json").write_text(json.dumps(facts) + "\n")
+
+
+def noised(x: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fade a quarter of the images (N, 3, 32, 32) in [-1, 1] into noise; return them and the noise's deviation (N,).
+
+    The noise is Gaussian or uniform with a deviation up to 0.8; from 0.5 on nothing of the image is left.
+    """
+    n = len(x)
+    chosen = torch.from_numpy(rng.random(n) < 0.25)
+    deviation = torch.from_numpy(rng.random(n, dtype=np.float32) * 0.8 * chosen.numpy())
+    gaussian = rng.standard_normal(x.shape, dtype=np.float32)
+    uniform = (rng.random(x.shape, dtype=np.float32) * 2 - 1) * np.float32(3**0.5)
+    noise = np.where(rng.random((n, 1, 1, 1)) < 0.5, gaussian, uniform)
+    per_image = deviation.to(x.device)[:, None, None, None]
+    left = (1 - per_image / 0.5).clamp(min=0)
+    return (left * x + per_image * torch.from_numpy(noise).to(x)).clamp(-1, 1), deviation.to(x.device)
 
 
 def shifted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
