@@ -14,15 +14,17 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+def golden_root() -> Path:
+    """The folder that holds ``eda_ddim/``: EDADM_GOLDEN, else ../shared/golden, else the committed small vectors."""
+    if named := os.environ.get("EDADM_GOLDEN"):
+        return Path(named)
+    beside = ROOT.parent / "shared" / "golden"
+    return beside if beside.is_dir() else ROOT / "tests" / "golden" / "data"
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder that holds ``eda_ddim/``: EDADM_GOLDEN, else ../shared/golden, else the committed small vectors."""
-    named = os.environ.get("EDADM_GOLDEN")
-    candidates = [Path(named)] if named else [ROOT.parent / "shared" / "golden", ROOT / "tests" / "golden" / "data"]
-    for candidate in candidates:
-        if (candidate / "eda_ddim").is_dir():
-            return candidate
-    pytest.fail(f"no golden vectors in {', '.join(map(str, candidates))}: set EDADM_GOLDEN to the folder of eda_ddim/")
+    return golden_root()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

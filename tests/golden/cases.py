@@ -6,12 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+COMMITTED = Path(__file__).parent / "data"
+OPTIONAL = ("11_qdiffusion", "12_pipeline")  # golden README 1.1
+
 
 def load(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return the settings and the tensors of one case folder."""
+    """Return the settings and the tensors of one case folder.
+
+    Skips the test where the folder may be absent: an optional case, or one that is too large to be committed.
+    """
+    if not (folder / "case.json").is_file():
+        if COMMITTED in folder.parents:
+            pytest.skip(f"{folder.name} is not among the committed vectors: set EDADM_GOLDEN to the full set")
+        if set(OPTIONAL) & set(folder.parts):
+            pytest.skip(f"optional case {folder.name} is absent")
+        pytest.fail(f"no case.json in {folder}: EDADM_GOLDEN must name the folder that holds eda_ddim/")
     return json.loads((folder / "case.json").read_text()), load_file(folder / "tensors.safetensors")
 
 

@@ -14,7 +14,6 @@ from edadm.quant.quantizer import ActivationQuantizer
 from edadm.reconstruction.loop import Step
 from edadm.reconstruction.random import INPUT_MIX, RandomSource
 
-
 FIRST_LOSS = 1e-5  # golden README 9.12, relative
 TIE = 1e-6  # relative float32 noise of an activation, as another convolution library gives it
 

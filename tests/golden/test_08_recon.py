@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from edadm.quant.network import Bits, QuantModel, SitePlan
-from edadm.reconstruction.loop import UnitData, reconstruct_unit
-from edadm.reconstruction.objective import LayerTap, loss_layers
+from edadm.reconstruction.loop import reconstruct_unit
+from edadm.reconstruction.objective import LayerTap, UnitData, loss_layers
 from edadm.reconstruction.passes import Arguments
 from edadm.reconstruction.settings import Joint
-from tests.conftest import ROOT
+from tests.conftest import golden_root
 from tests.golden.cases import load
 from tests.golden.official import block_module, quantizers_of
 from tests.golden.replay import (
@@ -30,8 +28,7 @@ from tests.golden.replay import (
     sites_to_flip,
 )
 
-VECTORS = Path(os.environ.get("EDADM_GOLDEN", ROOT.parent / "shared" / "golden")) / "eda_ddim" / "08_recon"
-RUNS = sorted(folder.parent.name for folder in VECTORS.glob("*/case.json"))
+RUNS = sorted(file.parent.name for file in (golden_root() / "eda_ddim" / "08_recon").glob("*/case.json")) or ["any"]
 
 
 @pytest.mark.parametrize("run", RUNS)

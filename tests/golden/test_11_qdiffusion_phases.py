@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from edadm.quant.network import Bits, QuantModel, SitePlan
-from edadm.reconstruction.loop import UnitData, reconstruct_unit
+from edadm.reconstruction.loop import reconstruct_unit
+from edadm.reconstruction.objective import UnitData
 from edadm.reconstruction.passes import Arguments
 from edadm.reconstruction.settings import TwoPhase
 from tests.golden.cases import load
@@ -61,9 +62,7 @@ def test_phase_activations_equals_official(folder, golden_unet, official_names):
     )
     unit, quantizers = _prepare(case, tensors, golden_unet, official_names, act_bits=case["act_bits"])
     recorder = Recorder(quantizers)
-    reconstruct_unit(
-        unit, _data(tensors, full=True), settings.phases()[1], Replay(tensors, {}, {}), observe=recorder
-    )
+    reconstruct_unit(unit, _data(tensors, full=True), settings.phases()[1], Replay(tensors, {}, {}), observe=recorder)
     assert_course_equals(case, tensors, recorder)
 
 
@@ -79,7 +78,9 @@ def _prepare(case, tensors, unet, official_names, act_bits):
         quantizer.set(scale, zero_point)
     unit = next(u for u in network.units("block") if u.name == block_module(case["block"], official_names))
     for layer in unit.layers:
-        for quantizer, part in zip(layer.weight_quantizers, layer.weight.split(layer.split or layer.weight.shape[1], 1)):
+        for quantizer, part in zip(
+            layer.weight_quantizers, layer.weight.tensor_split([layer.split] if layer.split else 1, 1)
+        ):
             name = next(name for name, q in quantizers.items() if q is quantizer)
             packed = tensors.get(f"init.{name}.hard_up")
             if packed is not None:

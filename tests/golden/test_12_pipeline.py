@@ -55,7 +55,7 @@ def test_hand_over_between_units_equals_official(golden, golden_unet, official_n
 def _start(case, golden, unet, official_names):
     """The network with the official start quantizers, and the calibration rows."""
     variant = re.search(r"W(\d+)A(\d+)", case["initial_quantizers"])
-    facts, tensors = load(golden / "eda_ddim" / "10_network")
+    _, tensors = load(golden / "eda_ddim" / "10_network")
     network = QuantModel.wrap(unet, Bits(*map(int, variant.groups())), SitePlan(RELEASED_EDGE))
     for name, quantizer in quantizers_of(network, official_names).items():
         if quantizer.bits < 16:
