@@ -1,0 +1,253 @@
+"""From the composed Hydra configuration to typed settings: checks, the recipe, and what a hash may depend on.
+
+``DictConfig`` ends here; the stages of ``edadm.experiment`` take the dataclasses of this file or plain values.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from edadm.errors import EdadmError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+SLOTS = ("calibration", "transform", "ranges", "reconstruction", "optimization", "activation_sets", "correction")
+WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
+OFF = 16  # bits from which a tensor stays in floating point
+OmegaConf.register_new_resolver("share", lambda total, share: max(1, round(total * share)), replace=True)
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+PROFILE_NUMBERS = ("rows", "batch", "iterations")
+RECIPE_NUMBERS = ("lr_weight", "lr_act", "layer_loss_weight", "layer_loss_pass")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Learning rates and loss weights of one (task, granularity, optimization, profile, bits of the weights)."""
+
+    lr_weight: float
+    lr_act: float
+    layer_loss_weight: float
+    layer_loss_pass: str | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run: its resolved configuration as plain values, and the words that compose it again."""
+
+    values: Mapping[str, Any]
+    overrides: tuple[str, ...]
+    variant: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        """Return one entry of the configuration by its dotted name."""
+        value: Any = self.values
+        for part in name.split("."):
+            value = value[part]
+        return value
+
+    @property
+    def bits_name(self) -> str:
+        """Return the bits as ``w4a8``, also where no file has that name."""
+        return f"w{self['bits.weight']}a{self['bits.act']}"
+
+    @property
+    def label(self) -> str:
+        """Return the method and what differs from it, for log lines and progress bars."""
+        extra = " ".join(f"{key}={value}" for key, value in self.variant.items())
+        return f"{self['method']}{f' ({extra})' if extra else ''} {self.bits_name} seed {self['seed']}"
+
+    @property
+    def reconstructs(self) -> bool:
+        """Say whether anything is optimised after the ranges are set."""
+        return self["reconstruction.granularity"] is not None
+
+    def recipe(self) -> Recipe:
+        """Return the recipe of this run. Raises EdadmError when the task has none for it."""
+        return pick_recipe(
+            self["recipe"],
+            self["reconstruction.name"],
+            self["optimization.name"],
+            self["profile.name"],
+            self["bits.weight"],
+        )
+
+
+def compose(overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose ``conf/config.yaml`` with command-line words, inside a Hydra job or outside of one."""
+    return copy.deepcopy(_compose(tuple(overrides)))
+
+
+@lru_cache(maxsize=64)
+def _compose(overrides: tuple[str, ...]) -> DictConfig:
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    if GlobalHydra.instance().is_initialized():
+        return hydra.compose("config", list(overrides))
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("config", list(overrides))
+
+
+def options(group: str) -> list[str]:
+    """Return the names that a group of ``conf`` offers."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def settings(config: DictConfig, overrides: Sequence[str] = ()) -> Settings:
+    """Return the checked settings of a composed configuration.
+
+    overrides: the words of the command line that composed it; they tell which parts differ from the method's own.
+    Raises EdadmError naming the value that is impossible and the choices.
+    """
+    values = _plain(with_task_of_pair(config, overrides))
+    check(values)
+    result = Settings(values, tuple(overrides), variant(values))
+    if result.reconstructs and not (values["load"] or values["images"]):
+        result.recipe()
+    return result
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    if config.scope.name == "published" and config.published is None:
+        raise EdadmError(
+            f"method {config.method} has no published scope for diffusion models: use scope=full, "
+            f"or one of the methods with one ({', '.join(_methods_with_published_scope())})"
+        )
+    try:
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise EdadmError(f"the configuration does not resolve: {error}") from error
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _methods_with_published_scope() -> Iterator[str]:
+    for name in options("method"):
+        if OmegaConf.select(OmegaConf.load(CONF / "method" / f"{name}.yaml"), "published") is not None:
+            yield name
+
+
+def with_task_of_pair(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return the configuration of the task that model and dataset belong to.
+
+    Named on the command line without a task, they would otherwise meet the default task's sampler and recipe.
+    Raises Skipped when no task has the pair.
+    """
+    named = {word.lstrip("+").split("=", 1)[0] for word in overrides}
+    if "task" in named or not named & {"model", "dataset"}:
+        return config
+    pairs: dict[str, tuple[str, str]] = {}
+    for name in options("task"):
+        task = compose([f"task={name}"])
+        pairs[name] = (task.model.name, task.dataset.name)
+        if pairs[name] == (config.model.name, config.dataset.name):
+            return compose([f"task={name}", *overrides])
+    known = ", ".join(f"model={model} dataset={dataset}" for model, dataset in pairs.values())
+    raise Skipped(f"no task pairs model={config.model.name} with dataset={config.dataset.name}; there are: {known}")
+
+
+class Skipped(EdadmError):
+    """The combination that was asked for does not exist; in a sweep the other jobs go on."""
+
+
+def check(values: Mapping[str, Any]) -> None:
+    """Raise EdadmError for a value that cannot be run, naming it and the choices."""
+    for what in ("weight", "act", "softmax"):
+        _choice(f"bits.{what}", values["bits"][what], WIDTHS, "2 to 8, or 16 / 32 to leave it in floating point")
+    _choice("precision", values["precision"], PRECISIONS)
+    _choice("device", str(values["device"]).split(":")[0], ("auto", "cpu", "cuda"))
+    for what in ("n_images", "chunk", "profile.rows", "profile.batch", "profile.iterations", "sampler.steps"):
+        _whole_number(what, _at(values, what), least=0 if what == "n_images" else 1)
+    for what in ("seed", "evaluation_seed"):
+        _whole_number(what, values[what], least=0)
+    if values["threads"] is not None:
+        _whole_number("threads", values["threads"], least=1)
+    if values["profile"]["batch"] > values["profile"]["rows"]:
+        raise EdadmError(
+            f"profile.batch={values['profile']['batch']} is more than profile.rows={values['profile']['rows']}: "
+            "a minibatch repeats no row"
+        )
+    for what in ("load", "images", "calibration_set"):
+        if values[what] is not None and not Path(values[what]).expanduser().exists():
+            raise EdadmError(f"{what}={values[what]} does not exist")
+    if values["load"] and values["images"]:
+        raise EdadmError("load= samples a saved model and images= scores images that exist: give one of them")
+
+
+def _choice(name: str, value: Any, choices: Sequence[Any], words: str | None = None) -> None:
+    if value not in choices:
+        raise EdadmError(f"{name}={value}: choose {words or ', '.join(map(str, choices))}")
+
+
+def _whole_number(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise EdadmError(f"{name}={value}: give a whole number of at least {least}")
+
+
+def _at(values: Mapping[str, Any], name: str) -> Any:
+    for part in name.split("."):
+        values = values[part]
+    return values
+
+
+def pick_recipe(recipe: Mapping[str, Any], granularity: str, optimization: str, profile: str, bits: int) -> Recipe:
+    """Return the row of a recipe file for a combination; learning rates by the bits of the weights.
+
+    A number under ``recipe`` itself (``recipe.lr_weight=0.1``) replaces the row's.
+    Raises EdadmError when no row has the combination, or two have it.
+    """
+    wanted = {"granularity": granularity, "optimization": optimization, "profile": profile}
+    rows = [row for row in recipe["rows"] if all(value in row[key] for key, value in wanted.items())]
+    if len(rows) != 1:
+        raise EdadmError(
+            f"{'no recipe' if not rows else f'{len(rows)} recipes'} of task {recipe['task']} for "
+            f"{', '.join(f'{key}={value}' for key, value in wanted.items())}: "
+            f"there must be one row for it in conf/recipe/{recipe['task']}.yaml"
+        )
+    row = rows[0] | {key: recipe[key] for key in RECIPE_NUMBERS if recipe[key] is not None}
+    return Recipe(
+        lr_weight=_by_bits(row["lr_weight"], bits),
+        lr_act=_by_bits(row["lr_act"], bits),
+        layer_loss_weight=float(row["layer_loss_weight"]),
+        layer_loss_pass=row["layer_loss_pass"],
+    )
+
+
+def _by_bits(rates: Mapping[int, float] | float, bits: int) -> float:
+    """Return the rate of the smallest listed width that holds ``bits``, the widest one's for floating point."""
+    if not isinstance(rates, Mapping):
+        return float(rates)
+    return float(rates[min((width for width in rates if width >= bits), default=max(rates))])
+
+
+def variant(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return in what the parts of a run differ from its method's own: a part's name, or single numbers."""
+    if values["bits"]["weight"] >= OFF and values["bits"]["act"] >= OFF:
+        return {}  # nothing is quantized, whatever the parts are
+    words = [f"task={values['task']['name']}", f"method={values['method']}"]
+    own = compose(words + [f"{group}={values[group]['name']}" for group in ("preset", "profile")])
+    differences: dict[str, Any] = {}
+    for key in PROFILE_NUMBERS:
+        if own.profile[key] != values["profile"][key]:
+            differences[f"profile.{key}"] = own.profile[key] = values["profile"][key]
+    for slot in SLOTS:
+        part = OmegaConf.to_container(own[slot], resolve=True)
+        assert isinstance(part, dict)
+        if part["name"] != values[slot]["name"]:
+            differences[slot] = values[slot]["name"]
+        else:
+            differences |= {f"{slot}.{key}": value for key, value in values[slot].items() if part.get(key) != value}
+    differences |= {
+        f"recipe.{key}": values["recipe"][key] for key in RECIPE_NUMBERS if values["recipe"][key] is not None
+    }
+    if values["reconstruction"]["granularity"] is None:
+        differences = {key: value for key, value in differences.items() if not key.startswith("optimization")}
+    return differences

@@ -1,0 +1,75 @@
+"""What a run will cost, from one timed forward pass and the ratios between stages."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from edadm.keys import Run
+from edadm.progress import duration
+from edadm.tasks.base import noise_prediction
+
+PASSES = 2  # timed after one that warms up
+# The work of a stage in forward passes of one row, measured on cifar10_tiny on a CPU.
+WEIGHT_RANGES = 150.0
+ACTIVATION_RANGES = 2.5  # a calibration row
+CACHING = 5.0  # a calibration row and phase: both passes, and the losses before and after
+ITERATION = 5.0  # a row of a minibatch; FBR with a second pass for its layer losses:
+ITERATION_SEPARATE = 8.0
+QUANTIZED = 1.2  # a row through the quantized network
+
+
+def stage_seconds(run: Run, seconds_per_row: float) -> dict[str, float]:
+    """Return the estimated seconds of every stage of a run that the store does not have.
+
+    seconds_per_row: of a full-precision forward pass. Good to a factor of about two.
+    """
+    settings, steps = run.settings, len(run.sampler.timesteps)
+    rows, images, along = settings["profile.rows"], settings["n_images"], settings["metrics.sqnr_rows"]
+    quantization = WEIGHT_RANGES + ACTIVATION_RANGES * rows
+    for phase in run.optimizer.phases() if run.optimizer is not None else ():
+        separate = phase.layer_loss_weight > 0 and phase.layer_loss_pass == "separate"
+        quantization += phase.iterations * phase.batch * (ITERATION_SEPARATE if separate else ITERATION)
+        quantization += CACHING * rows
+    passes = {"images": images * steps * (1.0 if run.is_full_precision else QUANTIZED)}
+    if run.has_network:
+        passes |= {"evaluation": along * steps, "sqnr": along * steps * (1 + QUANTIZED)}
+        if not run.loaded:
+            passes |= {"quantized": quantization}
+            if not run.calibration_file:
+                passes |= {"trajectories": rows * steps}
+    if run.images_folder:
+        passes = {}
+    return {
+        stage: count * seconds_per_row
+        for stage, count in passes.items()
+        if run.store.find(stage, run.key(stage)) is None
+    }
+
+
+def seconds_per_row(run: Run) -> float:
+    """Time a full-precision forward pass of the task's network and return its seconds per row."""
+    rows = min(run.settings["chunk"], 16)
+    denoise = noise_prediction(run.task.denoiser(run.device))
+    x, timestep = torch.zeros(rows, *run.task.sample_shape, device=run.device), torch.zeros(rows, device=run.device)
+    with torch.no_grad():
+        denoise(x, timestep)
+        started = time.perf_counter()
+        for _ in range(PASSES):
+            denoise(x, timestep).sum().item()
+    return (time.perf_counter() - started) / (PASSES * rows)
+
+
+def announcement(run: Run, baseline: Run | None) -> str:
+    """Return what a run is about to cost as one line, the full-precision row included if it is not there yet."""
+    missing = stage_seconds(run, 1.0)
+    if baseline is not None:
+        missing |= {f"fp {stage}": passes for stage, passes in stage_seconds(baseline, 1.0).items()}
+    if not missing:
+        return f"{run.settings.label}: every stage is in the cache"
+    rate = seconds_per_row(run)
+    parts = ", ".join(f"{stage} {duration(passes * rate)}" for stage, passes in missing.items())
+    settings = run.settings
+    what = f"{settings['profile.rows']} rows, {settings['n_images']} images, {len(run.sampler.timesteps)} steps"
+    return f"{settings.label} on {run.device}: {what}; about {duration(sum(missing.values()) * rate)} ({parts})"

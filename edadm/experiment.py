@@ -1,0 +1,296 @@
+"""One run from its settings to its record, stage by stage.
+
+task -> fp trajectories -> calibration rows -> quantized model -> images -> metrics -> record
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edadm import config, cost, journal, records, stages, tracking
+from edadm.config import Settings
+from edadm.errors import EdadmError
+from edadm.estimate import announcement
+from edadm.keys import Run, build_part
+from edadm.metrics.images import comparison_grid, grid
+from edadm.quant import io
+from edadm.quant.network import QuantModel, Site
+from edadm.records import Record
+from edadm.report.figures import STEP_CURVE, step_curves
+from edadm.report.render import markdown
+from edadm.report.table import tables
+from edadm.store import Store, atomic_file, content_hash
+
+logger = logging.getLogger(__name__)
+
+SHARED_WITH_FP = (
+    "task", "model", "dataset", "sampler", "metrics", "profile", "recipe", "n_images", "chunk", "precision",
+    "evaluation_seed", "threads", "device", "results", "logger",
+)  # fmt: skip
+NOT_RECORDED = ("logger", "launcher", "results", "device", "sites", "save_calibration_set", "recipe")
+ATTENTION_PRODUCTS = ("product0", "product1")  # q k^T and softmax v, as cost.measure names them
+
+
+def prepare(settings: Settings, sweep: str | None = None) -> Run:
+    """Return a run whose parts, files and folders are checked; nothing long has happened then.
+
+    Raises EdadmError for what cannot be run.
+    """
+    device = _device(settings["device"])
+    if settings["threads"] is not None:
+        torch.set_num_threads(settings["threads"])
+    task = build_part(settings["task"])
+    if settings["load"]:
+        settings = _of_loaded_model(settings)
+    if settings["images"]:
+        variant = {"images": settings["images"]}
+        settings = dataclasses.replace(settings, values={**settings.values, "method": "images"}, variant=variant)
+    run = Run(settings, task, Store(), device, torch.get_num_threads(), sweep)
+    if run.calibration_file:
+        stages.stored_rows(run)
+    _check_writable(run.results)
+    logger.debug("run %s", run.hash)
+    return run
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise EdadmError(f"device={name}: torch sees no GPU here; use device=cpu, or device=auto")
+    return name
+
+
+def _of_loaded_model(settings: Settings) -> Settings:
+    """Return the settings with bits, method and seed of a saved quantized model."""
+    folder = Path(settings["load"]).expanduser()
+    try:
+        saved = json.loads((folder / io.DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EdadmError(
+            f"load={folder}: no readable {io.DESCRIPTION} ({error}); give a folder that save wrote"
+        ) from error
+    values = {
+        **settings.values,
+        "bits": saved["bits"],
+        "method": saved.get("method", "loaded"),
+        "seed": saved.get("seed", 0),
+    }
+    return dataclasses.replace(settings, values=values, variant=saved.get("variant", {}) | {"load": str(folder)})
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EdadmError(
+            f"results={folder} cannot be made: {error.strerror or error}; choose another folder"
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise EdadmError(f"results={folder} cannot be written: choose another folder with results=...")
+
+
+def execute(run: Run, *, announce: bool = True) -> Path:
+    """Make a run, or find it made, and return the file of its record; say first what it will cost."""
+    path = records.path_of(run.results, run.task.name, run.hash)
+    finished = records.find(run.results, run.task.name, run.hash)
+    if finished is not None and finished.status == "ok":
+        logger.info("%s: record %s is there, nothing is computed", run.settings.label, run.hash)
+        _push(run, finished)
+        return path
+    baseline = None if run.is_full_precision or run.images_folder else full_precision(run)
+    if announce and not run.images_folder:
+        logger.info("%s", announcement(run, baseline))
+    journal.start_run(run.results, run.hash, " ".join(run.settings.overrides), run.sweep)
+    done: dict[str, stages.Result] = {}
+
+    def keep(key: str, result: stages.Result) -> stages.Result:
+        done[key] = result
+        journal.update_run(run.results, run.hash, result.name, {key: run.hash_of(key)})
+        return result
+
+    if baseline is not None:
+        execute(baseline, announce=False)
+    network = None
+    if run.has_network and not run.loaded:
+        source = None if run.calibration_file else keep("trajectories", stages.trajectories(run))
+        calibrated = keep("calibration", stages.calibration(run, source))
+        _save_calibration_set(run, calibrated)
+        network = keep("quantized", stages.quantized(run, calibrated))
+    sampled = keep("images", stages.images(run, network))
+    steps = None
+    if run.has_network:
+        along = keep("evaluation", stages.evaluation(run))
+        steps = keep("sqnr", stages.sqnr(run, network, along))
+    reference = None if baseline is None else stages.images(baseline, None)
+    scores = keep("metrics", stages.metrics(run, sampled, reference, steps))
+    record = _record(run, done, scores.info["metrics"], _sites(run, network), _pictures(run, sampled, reference))
+    path = records.write(record, run.results)
+    journal.finish_run(run.results, run.hash, "ok")
+    _push(run, record)
+    return path
+
+
+def full_precision(run: Run) -> Run:
+    """Return the run of the full-precision model on the same noise, the first row of every table."""
+    words = [word for word in run.settings.overrides if _group_of(word) in SHARED_WITH_FP] + ["method=fp"]
+    return prepare(config.settings(config.compose(words), words), run.sweep)
+
+
+def _group_of(word: str) -> str:
+    return word.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]
+
+
+def record_failure(run: Run, status: str, reason: str) -> Path:
+    """Write the record of a run that ended without a result. status: diverged or failed."""
+    journal.finish_run(run.results, run.hash, status, reason.splitlines()[0])
+    return records.write(_record(run, {}, {}, [], {}, status=status, reason=reason), run.results)
+
+
+def _record(
+    run: Run,
+    done: Mapping[str, stages.Result],
+    metrics: Mapping[str, Any],
+    sites: Sequence[Mapping[str, Any]],
+    outputs: Mapping[str, str],
+    status: str = "ok",
+    reason: str | None = None,
+) -> Record:
+    settings = run.settings
+    expects = settings["profile.name"] == "reference" and settings["n_images"] == settings["profile.images"]
+    return Record(
+        hash=run.hash,
+        task=run.task.name,
+        method=settings["method"],
+        bits=records.Bits("fp" if run.is_full_precision else settings.bits_name, **dataclasses.asdict(run.bits)),
+        scope=settings["scope.name"],
+        preset=settings["preset.name"],
+        profile=settings["profile.name"],
+        seed=settings["seed"],
+        n_images=next((int(result["n"]) for name, result in metrics.items() if name != "sqnr"), settings["n_images"]),
+        status=status,
+        reason=reason,
+        precision=settings["precision"],
+        **{slot: settings[f"{slot}.name"] for slot in config.SLOTS if slot != "optimization"},
+        optimization=settings["optimization.name"] if settings.reconstructs else "none",
+        sweep=run.sweep,
+        variant=dict(settings.variant),
+        overrides=list(settings.overrides),
+        protocol=run.protocol,
+        config={name: value for name, value in settings.values.items() if name not in NOT_RECORDED},
+        metrics=_with_curve(metrics),
+        expected_band={name: list(band) for name, band in run.task.expected_band.items()} if expects else {},
+        cost=_cost(run, sites) if status == "ok" and not run.images_folder else {},
+        stages={result.name: result.cost for result in done.values()},
+        artefacts={key: run.hash_of(key) for key in done},
+        outputs=dict(outputs),
+        sites=[dict(site) for site in sites],
+        provenance=records.provenance(run.device),
+    )
+
+
+def _with_curve(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the metrics with the error of every step as an entry of its own, which figures read."""
+    found = {name: dict(result) for name, result in metrics.items()}
+    if curve := found.get("sqnr", {}).pop("per_step", None):
+        steps = {key: found["sqnr"].pop(key) for key in ("timesteps", "per_step_interval")}
+        found[STEP_CURVE] = {"values": curve, "n": found["sqnr"]["n"], "unit": "dB", **steps}
+    return found
+
+
+def _sites(run: Run, network: stages.Result | None) -> list[dict[str, Any]]:
+    if run.loaded:
+        return [dataclasses.asdict(site) for site in io.load(run.loaded).sites()]
+    return list(network.info["sites"]) if network is not None else []
+
+
+def _cost(run: Run, sites: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return bit operations and size of the network with the bits of its sites."""
+    network = run.task.denoiser()
+    bits = {site["name"]: site["bits"] for site in sites}
+    x = torch.zeros(1, *run.task.sample_shape)
+    layers = [_with_bits(layer, bits) for layer in cost.measure(network, x, torch.zeros(1, dtype=torch.int64))]
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    quantizers = sum(site["kind"] != "weight" and site["bits"] < config.OFF for site in sites)
+    return cost.bit_operations(layers) | cost.model_size(layers, parameters, act_quantizers=quantizers)
+
+
+def _with_bits(layer: cost.Layer, bits: Mapping[str, int]) -> cost.Layer:
+    module, _, product = layer.name.rpartition(".")
+    if product in ATTENTION_PRODUCTS:
+        operands = ("q", "k") if product == ATTENTION_PRODUCTS[0] else ("w", "v")
+        first, second = (bits.get(f"{module}.matmul.{operand}", cost.FP_BITS) for operand in operands)
+        return dataclasses.replace(layer, weight_bits=first, act_bits=second)
+    return dataclasses.replace(
+        layer,
+        weight_bits=bits.get(f"{layer.name}.weight_quantizer", cost.FP_BITS),
+        act_bits=bits.get(f"{layer.name}.act_quantizer", cost.FP_BITS),
+        groups=2 if f"{layer.name}.weight_quantizer_0" in bits else 1,
+    )
+
+
+def _pictures(run: Run, sampled: stages.Result, reference: stages.Result | None) -> dict[str, str]:
+    """Draw the samples of the run, above them those of full precision from the same noise."""
+    made = stages.read_images(sampled)
+    if not len(made):
+        return {}
+    path = records.path_of(run.results, run.task.name, run.hash).with_suffix(".png")
+    if reference is None:
+        grid(made[:16], path)
+    else:
+        comparison_grid(stages.read_images(reference), made, path)
+    return {"grid": str(path)}
+
+
+def _save_calibration_set(run: Run, calibrated: stages.Result) -> None:
+    if run.settings["save_calibration_set"]:
+        target = Path(run.settings["save_calibration_set"]).expanduser()
+        with atomic_file(target) as temporary:
+            shutil.copyfile(calibrated.folder / stages.CALIBRATION, temporary)
+        logger.info("calibration set: %s", target)
+
+
+def _push(run: Run, record: Record) -> None:
+    if run.settings["logger.name"] == "wandb":
+        tracking.push(record, [Path(file) for file in record.outputs.values()])
+
+
+def sites_table(run: Run) -> str:
+    """Return every quantized site of a run with role, kind, bits and unit as a text table."""
+    network = io.load(run.loaded) if run.loaded else QuantModel.wrap(run.task.denoiser(), run.bits, run.plan)
+    names = [field.name for field in dataclasses.fields(Site)]
+    lines = [names] + [[str(getattr(site, name)) for name in names] for site in network.sites()]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def summary(paths: Sequence[Path], curve: Path | None = None) -> str:
+    """Return the table of some records, their full-precision row included, and where everything is.
+
+    curve: the file that receives the error of every sampling step of these records.
+    """
+    chosen = {path: records.read(path) for path in paths}
+    families = {_family(record) for record in chosen.values()}
+    everything = records.read_all({path.parent for path in paths})
+    baselines = [record for record in everything if record.is_fp and _family(record) in families]
+    shown = {record.hash: record for record in [*baselines, *chosen.values()]}
+    lines = [markdown(tables(shown.values())).rstrip(), ""]
+    lines += [
+        f"Records: {folder}/<hash>.json, samples beside them (.png)" for folder in sorted({p.parent for p in paths})
+    ]
+    if curve is not None and any(STEP_CURVE in record.metrics for record in chosen.values()):
+        lines.append(f"Error of every sampling step: {step_curves(chosen.values(), curve)}")
+    return "\n".join(lines)
+
+
+def _family(record: Record) -> str:
+    return content_hash([record.task, record.n_images, record.precision, record.protocol])

@@ -1,0 +1,300 @@
+"""What a run is made of: its parts, and the keys of its stages.
+
+A key holds the resolved settings of the stage, the hashes of its inputs, the checkpoint's sha256, the version of each
+part, and what floating-point sums depend on: chunk sizes and the number of threads. Keys are known before anything is
+computed, so a run knows its hash, and what it will find finished, from the start. What cannot matter (an optimisation
+without reconstruction, a learning rate of another bit width) never enters a key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from edadm.config import OFF, Settings
+from edadm.errors import EdadmError
+from edadm.metrics import tiny
+from edadm.metrics.inception_network import RELEASE_SHA256, find_weights
+from edadm.metrics.registry import METRICS
+from edadm.quant.network import Bits, SitePlan
+from edadm.reconstruction.settings import Joint, TwoPhase
+from edadm.sampling.ddim import Sampler
+from edadm.store import Store, content_hash, file_sha256
+from edadm.tasks.base import Task
+
+VERSION = 1  # of the way the stages call the parts
+ROWS_PER_PASS = 32  # calibration rows in one forward pass of the network
+
+Key = dict[str, Any]
+
+
+def build_part(part: Mapping[str, Any]) -> Any:
+    """Instantiate a part of the configuration: ``_target_`` called with the other entries but ``name``."""
+    from hydra.utils import get_object
+
+    return get_object(part["_target_"])(**{k: v for k, v in part.items() if k not in ("name", "_target_")})
+
+
+def identity(part: Any) -> Key:
+    """Return what a part contributes to a key: its class, its version and its numbers."""
+    return {"part": type(part).__name__, "version": part.version, **dataclasses.asdict(part)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, prepared: settings, task and the place of its artefacts; parts, keys and hash follow from them."""
+
+    settings: Settings
+    task: Task
+    store: Store
+    device: str
+    threads: int
+    sweep: str | None = None
+
+    @property
+    def is_full_precision(self) -> bool:
+        """Say whether the images come from the network as it is."""
+        return self.bits.weight >= OFF and self.bits.act >= OFF and not (self.loaded or self.images_folder)
+
+    @property
+    def loaded(self) -> Path | None:
+        """The folder of a saved quantized model that is scored."""
+        return _path(self.settings["load"])
+
+    @property
+    def images_folder(self) -> Path | None:
+        """The folder of saved images that are scored."""
+        return _path(self.settings["images"])
+
+    @property
+    def calibration_file(self) -> Path | None:
+        """The file of a saved calibration set that is used."""
+        return _path(self.settings["calibration_set"])
+
+    @property
+    def results(self) -> Path:
+        """The results set that receives the record."""
+        return Path(self.settings["results"]).expanduser().absolute()
+
+    @property
+    def bits(self) -> Bits:
+        """The nominal bit widths."""
+        return Bits(**self.settings["bits"])
+
+    @property
+    def plan(self) -> SitePlan:
+        """Which sites are quantized, from scope and preset."""
+        scope = self.settings["scope"]
+        return SitePlan(edge=scope["edge"], split=scope["split"], matmuls=scope["matmuls"])
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """The sampler of the task."""
+        return Sampler(**{key: value for key, value in self.settings["sampler"].items() if key != "name"})
+
+    @cached_property
+    def calibration(self) -> Any:
+        """The part that selects calibration rows."""
+        return build_part(self.settings["calibration"])
+
+    @cached_property
+    def ranges(self) -> Any:
+        """The part that sets ranges."""
+        return build_part(self.settings["scope.ranges"])
+
+    @cached_property
+    def optimizer(self) -> Joint | TwoPhase | None:
+        """The settings of the optimisation with the recipe's numbers, None where nothing is reconstructed."""
+        if not self.settings.reconstructs:
+            return None
+        part, recipe = self.settings["optimization"], self.settings.recipe()
+        numbers: Key = {"lr_weight": recipe.lr_weight, "lr_act": recipe.lr_act, "layer_loss_weight": 0.0}
+        if self.settings["reconstruction.granularity"] == "fbr":
+            numbers["layer_loss_weight"] = recipe.layer_loss_weight
+            if "layer_loss_pass" in part:
+                numbers["layer_loss_pass"] = recipe.layer_loss_pass or part["layer_loss_pass"]
+        return build_part(part | numbers)
+
+    @cached_property
+    def hash(self) -> str:
+        """The hash of the run: of what is shown in its row and of everything its numbers depend on."""
+        settings = self.settings
+        return content_hash(
+            {
+                "task": self.task.name,
+                "method": settings["method"],
+                "variant": dict(settings.variant),
+                "bits": settings["bits"],
+                **{group: settings[f"{group}.name"] for group in ("scope", "preset", "profile")},
+                "seed": None if self.is_full_precision else settings["seed"],
+                "metrics": self.metrics_key,
+            }
+        )
+
+    def hash_of(self, stage: str) -> str:
+        """Return the hash under which the store keeps a stage of this run."""
+        return content_hash(self.key(stage))
+
+    def key(self, stage: str) -> Key:
+        """Return the key of a stage: trajectories, calibration, quantized, images, evaluation, sqnr or metrics."""
+        return getattr(self, f"{stage}_key")
+
+    @cached_property
+    def trajectories_key(self) -> Key:
+        """Full-precision trajectories, equal for all methods and bit widths."""
+        return self._base | {
+            "sampler": identity(self.sampler),
+            "n": self.settings["profile.rows"],
+            "batch": self.settings["chunk"],
+            "seed": self.settings["seed"],
+            "feature": self.settings["preset.tdac.feature"],
+        }
+
+    @cached_property
+    def calibration_key(self) -> Key:
+        """Calibration rows, equal for all bit widths."""
+        if self.calibration_file:
+            return {"stages": VERSION, "file": file_sha256(self.calibration_file)}
+        return {
+            "stages": VERSION,
+            "trajectories": self.hash_of("trajectories"),
+            "calibration": identity(self.calibration),
+            "rows": self.settings["profile.rows"],
+            "seed": self.settings["seed"],
+        }
+
+    @cached_property
+    def quantized_key(self) -> Key:
+        """The quantized network."""
+        if self.loaded:
+            return {"stages": VERSION, "loaded": _folder_sha256(self.loaded)}
+        key = self._base | {
+            "calibration": self.hash_of("calibration"),
+            "bits": dataclasses.asdict(self.bits),
+            "plan": {name: self.settings[f"scope.{name}"] for name in ("edge", "split", "matmuls")},
+            "ranges": identity(self.ranges),
+            "range_batches": self.settings["profile.range_batches"],
+        }
+        if self.optimizer is None:
+            return key
+        return key | {
+            "granularity": self.settings["reconstruction.granularity"],
+            "optimization": identity(self.optimizer),
+            "rows_per_pass": ROWS_PER_PASS,
+            "seed": self.settings["seed"],
+        }
+
+    @cached_property
+    def images_key(self) -> Key:
+        """The images that are scored."""
+        if self.images_folder:
+            return {"stages": VERSION, "images": _folder_sha256(self.images_folder), "n": self.settings["n_images"]}
+        return self._base | {
+            "quantized": None if self.is_full_precision else self.hash_of("quantized"),
+            "sampler": identity(self.sampler),
+            "n": self.settings["n_images"],
+            "chunk": self.settings["chunk"],
+            "precision": self.settings["precision"],
+            "seed": self.settings["evaluation_seed"],
+        }
+
+    @cached_property
+    def evaluation_key(self) -> Key:
+        """The full-precision trajectories on which the error of every step is measured."""
+        return self._base | {
+            "sampler": identity(self.sampler),
+            "n": self.settings["metrics.sqnr_rows"],
+            "seed": self.settings["evaluation_seed"],
+        }
+
+    @cached_property
+    def sqnr_key(self) -> Key:
+        """The error of the noise prediction at every step."""
+        return {"evaluation": self.hash_of("evaluation"), "quantized": self.hash_of("quantized")}
+
+    @cached_property
+    def metrics_key(self) -> Key:
+        """The scores."""
+        return self.protocol | {
+            "images": self.hash_of("images"),
+            "sqnr": self.hash_of("sqnr") if self.has_network else None,
+            "metrics": {name: METRICS[name].version for name in self.metrics},
+            "bootstrap": self.settings["metrics.bootstrap"],
+        }
+
+    @cached_property
+    def protocol(self) -> Key:
+        """What two numbers must share to be compared: sampler, noise, checkpoint and references."""
+        return {
+            "sampler": identity(self.sampler),
+            "evaluation_seed": self.settings["evaluation_seed"],
+            "chunk": self.settings["chunk"],
+            "sqnr_rows": self.settings["metrics.sqnr_rows"],
+            "checkpoint": self.task.sha256(),
+            **({"tiny": self._tiny_identity()} if self.needs_tiny else {}),
+            **({"inception": self._inception_identity()} if self.needs_inception else {}),
+        }
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """The names of the metrics. Raises EdadmError for an unknown one."""
+        names = self.settings["metrics.names"]
+        unknown = [name for name in names if name not in METRICS]
+        if unknown:
+            raise EdadmError(f"metrics.names has {', '.join(unknown)}: choose from {', '.join(METRICS)}")
+        return names
+
+    @property
+    def needs_tiny(self) -> bool:
+        """Say whether a metric uses the embedded features."""
+        return any(METRICS[name].proxy for name in self.metrics)
+
+    @property
+    def needs_inception(self) -> bool:
+        """Say whether a metric uses Inception features."""
+        return any(METRICS[name].kind != "paired" and not METRICS[name].proxy for name in self.metrics)
+
+    def _tiny_identity(self) -> Key:
+        for path in (tiny.WEIGHTS, self.tiny_reference):
+            if not path.is_file():
+                raise EdadmError(f"{path} is missing: reinstall edadm, or choose metrics without the embedded proxies")
+        return {"features": file_sha256(tiny.WEIGHTS), "reference": file_sha256(self.tiny_reference)}
+
+    def _inception_identity(self) -> Key:
+        part = self.settings["metrics.inception"]
+        source = part["reference"]
+        if source is None:
+            raise EdadmError(
+                "metrics.inception.reference is not set: give a folder of images, an .npz, or cifar10-train"
+            )
+        path = Path(source).expanduser()
+        content = file_sha256(path) if path.is_file() else _folder_sha256(path) if path.is_dir() else source
+        return {"weights": find_weights(part["weights"], part["sha256"] or RELEASE_SHA256)[1], "reference": content}
+
+    @property
+    def has_network(self) -> bool:
+        """Say whether there is a quantized network whose noise predictions can be compared."""
+        return not (self.is_full_precision or self.images_folder)
+
+    @property
+    def tiny_reference(self) -> Path:
+        """The file with the reference statistics of the embedded proxies."""
+        return _path(self.settings["metrics.reference"]) or tiny.REFERENCE
+
+    @cached_property
+    def _base(self) -> Key:
+        return {"stages": VERSION, "model": self.task.sha256(), "threads": self.threads}
+
+
+def _path(value: str | None) -> Path | None:
+    return Path(value).expanduser().absolute() if value else None
+
+
+def _folder_sha256(folder: Path) -> str:
+    if not folder.is_dir():
+        raise EdadmError(f"{folder} is no folder")
+    return content_hash({path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file()})

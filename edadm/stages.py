@@ -1,0 +1,311 @@
+"""The stages of one run: each a function of its inputs and a key, kept in the store under the hash of that key."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from edadm.calibration.rows import CalibrationSet
+from edadm.calibration.trajectories import Trajectories, collect
+from edadm.keys import ROWS_PER_PASS, Run
+from edadm.metrics import inception, inception_network, tiny
+from edadm.metrics.images import read_folder
+from edadm.metrics.inception import InceptionReference
+from edadm.metrics.inception_network import InceptionNetwork
+from edadm.metrics.paired import StepSQNR, sqnr_per_step
+from edadm.metrics.registry import METRICS, Reference, score
+from edadm.progress import Meter, Progress, duration
+from edadm.quant import io
+from edadm.quant.calibrate import set_activation_ranges, set_weight_ranges
+from edadm.quant.network import QuantModel
+from edadm.reconstruction.loop import UnitReport
+from edadm.reconstruction.random import seeded
+from edadm.reconstruction.reconstruct import reconstruct
+from edadm.records import Stage
+from edadm.sampling.generate import generate, sampler_noise
+from edadm.sampling.noise import EVALUATION, SELECTION, noise, numpy_rng
+from edadm.store import atomic_file, write_atomically
+from edadm.tasks.base import noise_prediction
+
+logger = logging.getLogger(__name__)
+
+TRAJECTORIES, CALIBRATION = "trajectories.safetensors", "calibration.safetensors"
+IMAGES, SQNR = "images.npy", "sqnr.npz"
+UNITS, REPORTS, CHUNKS, ELAPSED = "units", "reports.json", "chunks", "elapsed"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished stage: the folder of its artefact, what it cost when it was computed, and what it noted."""
+
+    name: str
+    folder: Path
+    cost: Stage
+    info: Mapping[str, Any]
+
+
+Build = Callable[[Path, Progress], Mapping[str, Any] | None]
+
+
+def stage(run: Run, key: str, build: Build, name: str = "") -> Result:
+    """Return the artefact of a stage, computed by ``build(folder, progress)`` unless the store has it.
+
+    build may find in its folder what a killed run left there; what it returns is kept as notes. Seconds (those of a
+    killed run included) and peak memory are kept with the artefact. name: what records call the stage, default the key.
+    """
+    name = name or key
+    reused = run.store.find(key, run.key(key)) is not None
+
+    def measured(folder: Path) -> dict[str, Any]:
+        with Meter(run.device, folder / ELAPSED) as meter, Progress(run.settings.label, meter.note) as progress:
+            notes = build(folder, progress)
+        (folder / ELAPSED).unlink(missing_ok=True)
+        return {"seconds": meter.seconds, "peak_memory_mib": meter.peak_memory_mib, "notes": dict(notes or {})}
+
+    folder = run.store.fetch(key, run.key(key), measured, label=run.settings.label, resume=True)
+    info = run.store.manifest(folder)["info"]
+    how = "reused" if reused else f"{duration(info['seconds'])}, {info['peak_memory_mib']:.0f} MiB"
+    logger.info("%s [%s]: %s", name, run.settings.label, how)
+    return Result(name, folder, Stage(info["seconds"], info["peak_memory_mib"], reused), info["notes"])
+
+
+def trajectories(run: Run) -> Result:
+    """Sample the full-precision trajectories that every calibration method and bit width of a seed shares."""
+
+    def build(folder: Path, progress: Progress) -> None:
+        collect(
+            run.task.denoiser(run.device),
+            run.sampler,
+            run.settings["profile.rows"],
+            shape=run.task.sample_shape,
+            seed=run.settings["seed"],
+            batch=run.settings["chunk"],
+            feature_module=run.settings["preset.tdac.feature"],
+            device=run.device,
+            progress=partial(progress, "full-precision trajectories"),
+        ).save(folder / TRAJECTORIES)
+
+    return stage(run, "trajectories", build)
+
+
+def calibration(run: Run, source: Result | None) -> Result:
+    """Choose the calibration rows from trajectories, or without them take those of the user's file."""
+
+    def build(folder: Path, progress: Progress) -> dict[str, Any]:
+        if source is None:
+            rows, facts = stored_rows(run)
+            rows.save(folder / CALIBRATION, facts)
+            return {"rows": len(rows)}
+        rng = numpy_rng(SELECTION, run.settings["seed"])
+        loaded = Trajectories.load(source.folder / TRAJECTORIES)
+        rows, diagnostics = run.calibration.select(loaded, run.settings["profile.rows"], rng)
+        names = {"task": run.task.name, "calibration": run.settings["calibration.name"]}
+        rows.save(folder / CALIBRATION, names | {"seed": run.settings["seed"], "sampler": run.settings["sampler.name"]})
+        return {"rows": len(rows), **diagnostics}
+
+    return stage(run, "calibration", build)
+
+
+def stored_rows(run: Run) -> tuple[CalibrationSet, dict[str, str]]:
+    """Return the user's calibration set and its metadata. Raises EdadmError when it does not fit or is too small."""
+    assert run.calibration_file is not None
+    return CalibrationSet.load(run.calibration_file, min_rows=run.settings["profile.rows"], shape=run.task.sample_shape)
+
+
+def quantized(run: Run, calibrated: Result) -> Result:
+    """Set the ranges of the network, reconstruct it, and save it; resumes after the last finished unit."""
+
+    def build(folder: Path, progress: Progress) -> dict[str, Any]:
+        rows, _ = CalibrationSet.load(calibrated.folder / CALIBRATION)
+        network = QuantModel.wrap(run.task.denoiser(run.device), run.bits, run.plan)
+        set_weight_ranges(network, run.ranges)
+        set_ranges = partial(_set_activation_ranges, run, network, rows, progress)
+        if run.optimizer is None:
+            set_ranges()
+        else:
+            _reconstruct(run, network, rows, folder, set_ranges, progress)
+        facts = {"task": run.task.name, "method": run.settings["method"], "variant": dict(run.settings.variant)}
+        io.save(network, folder, **facts, seed=run.settings["seed"])
+        shutil.rmtree(folder / UNITS, ignore_errors=True)
+        return {"sites": [dataclasses.asdict(site) for site in network.sites()]}
+
+    return stage(run, "quantized", build, "ranges" if run.optimizer is None else "reconstruction")
+
+
+def _set_activation_ranges(run: Run, network: QuantModel, rows: CalibrationSet, progress: Progress) -> None:
+    """Show the network the rows in the few batches over which running ranges are updated."""
+    size = -(-len(rows) // run.settings["profile.range_batches"])
+    parts = list(zip(rows.x.split(size), rows.timestep.split(size), strict=True))
+
+    def forward(number: int) -> None:
+        x, timestep = parts[number]
+        network(x.to(run.device), timestep.to(run.device))
+        progress("activation ranges", number + 1, len(parts))
+
+    set_activation_ranges(network, run.ranges, [partial(forward, number) for number in range(len(parts))])
+
+
+def _reconstruct(
+    run: Run,
+    network: QuantModel,
+    rows: CalibrationSet,
+    folder: Path,
+    set_ranges: Callable[[], None],
+    progress: Progress,
+) -> None:
+    """Reconstruct the network; every finished unit is kept in the folder, those found there are restored."""
+    from safetensors.torch import load_file, save_file
+
+    units, log = folder / UNITS, folder / REPORTS
+    reports = json.loads(log.read_text(encoding="utf-8")) if log.is_file() else []
+
+    def keep(key: str, state: dict[str, torch.Tensor], report: UnitReport | None) -> None:
+        if report is not None:
+            reports.append(dataclasses.asdict(report))
+            write_atomically(log, json.dumps(reports))
+        with atomic_file(units / f"{key}.safetensors") as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
+
+    assert run.optimizer is not None
+    reconstruct(
+        network,
+        (rows.x, rows.timestep),
+        run.optimizer,
+        run.settings["reconstruction.granularity"],
+        seeded(run.settings["seed"]),
+        set_activation_ranges=set_ranges,
+        done={file.name.removesuffix(".safetensors"): load_file(file) for file in units.glob("[!.]*.safetensors")},
+        on_unit=keep,
+        progress=progress,
+        rows_per_pass=ROWS_PER_PASS,
+    )
+
+
+def images(run: Run, network: Result | None) -> Result:
+    """Sample the images that are scored, in chunks that survive a kill; without a network at full precision."""
+
+    def build(folder: Path, progress: Progress) -> None:
+        if run.images_folder:
+            made = read_folder(run.images_folder, limit=run.settings["n_images"])
+        else:
+            made = generate(
+                noise_prediction(load_network(run, network)),
+                run.sampler,
+                run.settings["n_images"],
+                shape=run.task.sample_shape,
+                seed=run.settings["evaluation_seed"],
+                chunk=run.settings["chunk"],
+                folder=folder / CHUNKS,
+                device=run.device,
+                precision=run.settings["precision"],
+                progress=partial(progress, "sampling"),
+            )
+        with atomic_file(folder / IMAGES) as temporary, open(temporary, "wb") as file:
+            np.save(file, made.numpy())
+        shutil.rmtree(folder / CHUNKS, ignore_errors=True)
+
+    return stage(run, "images", build, "sampling")
+
+
+def load_network(run: Run, network: Result | None) -> nn.Module:
+    """Return the quantized network of a finished stage or of the user's folder, else the full-precision denoiser."""
+    folder = run.loaded or (network.folder if network else None)
+    return run.task.denoiser(run.device) if folder is None else io.load(folder).to(run.device)
+
+
+def read_images(result: Result) -> torch.Tensor:
+    """Return the images of a finished sampling stage, uint8 (N, C, H, W)."""
+    return torch.from_numpy(np.load(result.folder / IMAGES, allow_pickle=False))
+
+
+def evaluation(run: Run) -> Result:
+    """Sample the full-precision trajectories of the first evaluated images, on which every network is compared."""
+
+    def build(folder: Path, progress: Progress) -> None:
+        rows, steps = run.settings["metrics.sqnr_rows"], len(run.sampler.timesteps)
+        seen: list[torch.Tensor] = []
+
+        def record(k: int, t: int, x: torch.Tensor, eps: torch.Tensor) -> None:
+            seen.append(x.cpu())
+            progress("evaluation trajectories", k + 1, steps)
+
+        seed, shape = run.settings["evaluation_seed"], run.task.sample_shape
+        x = noise(EVALUATION, seed, range(rows), shape).to(run.device)
+        step_noise = sampler_noise(EVALUATION, seed, range(rows), shape, torch.device(run.device))
+        run.sampler.run(noise_prediction(run.task.denoiser(run.device)), x, step_noise, observe=record)
+        Trajectories(torch.stack(seen), torch.tensor(run.sampler.timesteps)).save(folder / TRAJECTORIES)
+
+    return stage(run, "evaluation", build)
+
+
+def sqnr(run: Run, network: Result | None, along: Result) -> Result:
+    """Measure the error of the quantized network's noise prediction at every step of full-precision trajectories."""
+
+    def build(folder: Path, progress: Progress) -> None:
+        source = Trajectories.load(along.folder / TRAJECTORIES)
+        measured = sqnr_per_step(
+            noise_prediction(run.task.denoiser(run.device)),
+            noise_prediction(load_network(run, network)),
+            source.x,
+            source.timesteps.tolist(),
+            device=run.device,
+        )
+        with atomic_file(folder / SQNR) as temporary, open(temporary, "wb") as file:
+            np.savez(file, timesteps=measured.timesteps, signal=measured.signal, error=measured.error)
+
+    return stage(run, "sqnr", build)
+
+
+def read_sqnr(result: Result) -> StepSQNR:
+    """Return what the stage ``sqnr`` measured."""
+    with np.load(result.folder / SQNR, allow_pickle=False) as file:
+        return StepSQNR(tuple(file["timesteps"].tolist()), file["signal"], file["error"])
+
+
+def metrics(run: Run, sampled: Result, full_precision: Result | None, steps: Result | None) -> Result:
+    """Score the images; full_precision: the images of the same noise, steps: the error of every step."""
+
+    def build(folder: Path, progress: Progress) -> dict[str, Any]:
+        made = read_images(sampled)
+        if not len(made):
+            return {"metrics": {name: _nothing_to_score(name) for name in run.metrics}}
+        network, inception_reference = _inception(run) if run.needs_inception else (None, None)
+        scores = score(
+            made,
+            run.metrics,
+            Reference(tiny.load_reference(run.tiny_reference) if run.needs_tiny else None, inception_reference),
+            None if full_precision is None else read_images(full_precision),
+            tiny_network=tiny.load_network(device=run.device) if run.needs_tiny else None,
+            inception_network=network,
+            step_sqnr=None if steps is None else read_sqnr(steps),
+            seed=run.settings["evaluation_seed"],
+            resamples=run.settings["metrics.bootstrap"],
+        )
+        return {"metrics": scores}
+
+    return stage(run, "metrics", build)
+
+
+def _inception(run: Run) -> tuple[InceptionNetwork, InceptionReference]:
+    part = run.settings["metrics.inception"]
+    network = inception_network.load_network(
+        part["weights"], part["sha256"] or inception_network.RELEASE_SHA256, run.device
+    )
+    keep = any(name in run.metrics for name in ("kid", "precision", "recall"))
+    return network, inception.reference_from(part["reference"], network, keep_features=keep)
+
+
+def _nothing_to_score(name: str) -> dict[str, Any]:
+    info = dataclasses.asdict(METRICS[name])
+    return {"value": None, "n": 0, "reason": "no images: n_images is 0", "interval": None, **info}
