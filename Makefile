@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types golden bench clean
+.PHONY: demo test golden bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python run.py -m method=rtn,qdiffusion,edadm bits=w4a8 profile=demo logger=none

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from edadm.environment import check_torchvision
 from edadm.errors import EdadmError
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def extractor_class() -> type[FeatureExtractorBase]:
     It adds ``spatial`` (B, 2023) to the features of torch-fidelity's class: the first 7 channels of the output of
     ``Mixed_6d.branch1x1`` at 17 x 17, called ``mixed_6/conv`` in ADM's evaluator (Nash et al. 2021).
     """
+    check_torchvision()
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     from torch_fidelity.registry import register_feature_extractor

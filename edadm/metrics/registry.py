@@ -16,7 +16,7 @@ from edadm.metrics.frechet import NotAvailable
 from edadm.metrics.images import check_images
 from edadm.metrics.inception_network import InceptionNetwork
 
-COMPARABLE_N = 5000  # below, a distance to data says nothing about published ones (landscape 4.4)
+COMPARABLE_N = 5000  # below, a distance to data says nothing about published ones
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edadm.environment import check_torchvision
 from edadm.errors import EdadmError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -56,6 +57,7 @@ def _read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_batches(root: Path, split: str, download: bool) -> tuple[np.ndarray, np.ndarray]:
+    check_torchvision()
     from torchvision.datasets import CIFAR10  # verifies the files' checksums before it unpickles them
 
     data = CIFAR10(str(root), train=split == "train", download=download)

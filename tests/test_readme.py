@@ -1,0 +1,163 @@
+"""What the documents tell a reader to type, open or trust exists and works."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import baselines
+from edadm import config, results
+from edadm.calibration.rows import RowSampler
+from edadm.calibration.trajectories import Trajectories
+from edadm.keys import build_part, identity
+from edadm.report import __main__ as report
+from edadm.sampling.noise import SELECTION, numpy_rng
+from edadm.tasks import ddim_checkpoint
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
+COMMANDS = sorted(
+    {
+        line.strip()
+        for text in DOCUMENTS.values()
+        for line in re.findall(r"^python .*$", text, re.M) + re.findall(r"`(python [^`\n]*)`", text)
+    }
+)
+RUNS = [command for command in COMMANDS if command.startswith("python run.py")]
+TOOLS = {"edadm.report": report._parser, "edadm.results": results._parser}
+PATHS = r"(?:edadm|baselines|conf|docs|tests|experiments|results)/[\w./-]*\w|[A-Z][A-Z_a-z]+\.(?:md|cff)|run\.py"
+REFERENCES = sorted(
+    {(document, path) for document, text in DOCUMENTS.items() for path in re.findall(rf"`({PATHS})(?:::[^`]*)?`", text)}
+)
+LINKS = sorted(
+    {
+        (document, path)
+        for document, text in DOCUMENTS.items()
+        for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    }
+)
+GUARDS = sorted({guard for text in DOCUMENTS.values() for guard in re.findall(r"`(tests/[\w/]+\.py::\w+)`", text)})
+
+
+def example(path: str) -> str:
+    """The code block that the README gives for a new file."""
+    found = re.search(rf"`{re.escape(path)}`:\n\n```\w+\n(.*?)```", README, re.S)
+    assert found, f"README.md shows no {path}"
+    return found[1]
+
+
+@pytest.fixture
+def readme_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A configuration and a package of baselines that hold the README's method besides ours."""
+    conf = shutil.copytree(config.CONF, tmp_path / "conf")
+    (tmp_path / "low_noise.py").write_text(example("baselines/low_noise.py"), encoding="utf-8")
+    for name in ("conf/calibration/low_noise.yaml", "conf/method/low_noise.yaml"):
+        (tmp_path / name).write_text(example(name), encoding="utf-8")
+    monkeypatch.setattr(config, "CONF", conf)
+    monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(tmp_path)])
+    yield
+    sys.modules.pop("baselines.low_noise", None)
+
+
+def settings(*words: str) -> config.Settings:
+    return config.settings(config.compose(words), words)
+
+
+@pytest.mark.usefixtures("readme_method")
+def test_the_method_of_the_readme_composes_and_selects_its_rows() -> None:
+    values = settings("method=low_noise", "profile=demo")
+    assert values.variant == {} and values["reconstruction.name"] == "block"
+    part = build_part(values["calibration"])
+    members = [name for name in (*RowSampler.__annotations__, *vars(RowSampler)) if not name.startswith("_")]
+    assert all(hasattr(part, name) for name in members)
+    assert identity(part) == {"part": "LowNoise", "version": 1, "share": 0.5}
+    trajectories = Trajectories(torch.rand(6, 32, 3, 4, 4), torch.arange(6).flip(0))
+    rows, diagnostics = part.select(trajectories, 32, numpy_rng(SELECTION, 0))
+    assert set(rows.step.tolist()) == {3, 4, 5} and sum(diagnostics["counts"]) == 32
+    assert torch.equal(rows.x, trajectories.x[rows.step, torch.arange(32)])
+
+
+@pytest.mark.usefixtures("readme_method")
+def test_the_part_of_the_readme_is_a_variant_of_other_methods() -> None:
+    assert settings("calibration=low_noise").variant == {"calibration": "low_noise"}
+
+
+def test_the_checkpoint_of_the_readme_goes_into_a_network_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Exception):
+        pass
+
+    def load_checkpoint(model, path):
+        raise Stop(sum(parameter.numel() for parameter in model.parameters()))
+
+    monkeypatch.setattr(ddim_checkpoint, "load_checkpoint", load_checkpoint)
+    (code,) = re.findall(r"```python\n(from diffusers import.*?)```", README, re.S)
+    with torch.device("meta"), pytest.raises(Stop) as stopped:
+        exec(code, {})
+    assert stopped.value.args == (35_746_307,)  # the DDIM CIFAR-10 network
+
+
+@pytest.mark.parametrize("command", RUNS, ids=lambda command: command.partition("#")[0].strip())
+@pytest.mark.usefixtures("readme_method")
+def test_every_run_in_the_documents_passes_the_checks(command: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in shlex.split(command, comments=True)[2:] if not word.startswith("-")]
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in ("load", "images", "calibration_set"):
+            Path(value).mkdir()
+    axes = [_values(word) for word in words]
+    for number in range(max(map(len, axes), default=1)):  # every value once, not every combination
+        settings(*(axis[number % len(axis)] for axis in axes))
+
+
+def _values(word: str) -> list[str]:
+    name, _, value = word.partition("=")
+    return [word] if value.startswith("[") else [f"{name}={item}" for item in value.split(",")]
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in RUNS])
+def test_every_tool_in_the_documents_takes_its_options(command: str) -> None:
+    words = shlex.split(command, comments=True)
+    assert words[1] == "-m"
+    if words[2] in TOOLS:
+        TOOLS[words[2]]().parse_args(words[3:])
+    else:
+        path = ROOT / words[2].replace(".", "/")
+        assert words[2] == "pytest" or path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def test_every_file_that_is_named_exists() -> None:
+    invented = ("baselines/low_noise.py", "conf/calibration/low_noise.yaml", "conf/method/low_noise.yaml")
+    there = [path for _, path in REFERENCES if path in invented or path.startswith("results/local")]
+    assert not [item for item in REFERENCES if item[1] not in there and not (ROOT / item[1]).exists()]
+
+
+def test_every_link_leads_somewhere() -> None:
+    assert not [(document, path) for document, path in LINKS if not ((ROOT / document).parent / path).exists()]
+
+
+def test_every_test_that_is_named_exists() -> None:
+    pairs = [guard.split("::") for guard in GUARDS]
+    tests = {path: (ROOT / path).read_text(encoding="utf-8") for path, _ in pairs if (ROOT / path).is_file()}
+    assert not [(path, name) for path, name in pairs if not re.search(rf"^def {name}\(", tests.get(path, ""), re.M)]
+
+
+def test_every_method_has_a_card_and_a_row_in_the_readme() -> None:
+    for name in set(config.options("method")) - {"fp"}:
+        assert (ROOT / "docs" / "cards" / f"{name}.md").is_file()
+        assert f"| `{name}` |" in README
+    for name, slot in itertools.product(config.options("method"), ("calibration", "reconstruction")):
+        row = next((line for line in README.splitlines() if line.startswith(f"| `{name}` |")), None)
+        assert row is None or f"`{settings(f'method={name}')[f'{slot}.name']}`" in row
