@@ -249,5 +249,6 @@ def variant(values: Mapping[str, Any]) -> dict[str, Any]:
         f"recipe.{key}": values["recipe"][key] for key in RECIPE_NUMBERS if values["recipe"][key] is not None
     }
     if values["reconstruction"]["granularity"] is None:
-        differences = {key: value for key, value in differences.items() if not key.startswith("optimization")}
+        unused = ("optimization", "recipe", "profile.iterations", "profile.batch")
+        differences = {key: value for key, value in differences.items() if not key.startswith(unused)}
     return differences

@@ -123,17 +123,11 @@ class Run:
     def hash(self) -> str:
         """The hash of the run: of what is shown in its row and of everything its numbers depend on."""
         settings = self.settings
-        return content_hash(
-            {
-                "task": self.task.name,
-                "method": settings["method"],
-                "variant": dict(settings.variant),
-                "bits": settings["bits"],
-                **{group: settings[f"{group}.name"] for group in ("scope", "preset", "profile")},
-                "seed": None if self.is_full_precision else settings["seed"],
-                "metrics": self.metrics_key,
-            }
-        )
+        shown = {"task": self.task.name, "method": settings["method"], "profile": settings["profile.name"]}
+        if not self.is_full_precision:
+            shown |= {key: settings[key] for key in ("bits", "seed", "scope.name", "preset.name")}
+            shown |= {"variant": dict(settings.variant)}
+        return content_hash(shown | {"metrics": self.metrics_key})
 
     def hash_of(self, stage: str) -> str:
         """Return the hash under which the store keeps a stage of this run."""

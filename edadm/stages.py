@@ -41,7 +41,7 @@ from edadm.tasks.base import noise_prediction
 logger = logging.getLogger(__name__)
 
 TRAJECTORIES, CALIBRATION = "trajectories.safetensors", "calibration.safetensors"
-IMAGES, SQNR = "images.npy", "sqnr.npz"
+IMAGES, ALONG, SQNR = "images.npy", "evaluation.npz", "sqnr.npz"
 UNITS, REPORTS, CHUNKS, ELAPSED = "units", "reports.json", "chunks", "elapsed"
 
 
@@ -233,18 +233,22 @@ def evaluation(run: Run) -> Result:
     """Sample the full-precision trajectories of the first evaluated images, on which every network is compared."""
 
     def build(folder: Path, progress: Progress) -> None:
-        rows, steps = run.settings["metrics.sqnr_rows"], len(run.sampler.timesteps)
-        seen: list[torch.Tensor] = []
+        timesteps, numbers = run.sampler.timesteps, range(run.settings["metrics.sqnr_rows"])
+        inputs: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
 
         def record(k: int, t: int, x: torch.Tensor, eps: torch.Tensor) -> None:
-            seen.append(x.cpu())
-            progress("evaluation trajectories", k + 1, steps)
+            inputs.append(x.cpu())
+            outputs.append(eps.cpu())
+            progress("evaluation trajectories", k + 1, len(timesteps))
 
         seed, shape = run.settings["evaluation_seed"], run.task.sample_shape
-        x = noise(EVALUATION, seed, range(rows), shape).to(run.device)
-        step_noise = sampler_noise(EVALUATION, seed, range(rows), shape, torch.device(run.device))
+        x = noise(EVALUATION, seed, numbers, shape).to(run.device)
+        step_noise = sampler_noise(EVALUATION, seed, numbers, shape, torch.device(run.device))
         run.sampler.run(noise_prediction(run.task.denoiser(run.device)), x, step_noise, observe=record)
-        Trajectories(torch.stack(seen), torch.tensor(run.sampler.timesteps)).save(folder / TRAJECTORIES)
+        _save_arrays(
+            folder / ALONG, timesteps=timesteps, x=torch.stack(inputs).numpy(), eps=torch.stack(outputs).numpy()
+        )
 
     return stage(run, "evaluation", build)
 
@@ -253,18 +257,21 @@ def sqnr(run: Run, network: Result | None, along: Result) -> Result:
     """Measure the error of the quantized network's noise prediction at every step of full-precision trajectories."""
 
     def build(folder: Path, progress: Progress) -> None:
-        source = Trajectories.load(along.folder / TRAJECTORIES)
+        with np.load(along.folder / ALONG, allow_pickle=False) as file:
+            timesteps, x, eps = file["timesteps"].tolist(), torch.from_numpy(file["x"]), torch.from_numpy(file["eps"])
+        full_precision = iter(eps.to(run.device))  # one entry per step, and all rows of a step are one batch
+        quantized_network = noise_prediction(load_network(run, network))
         measured = sqnr_per_step(
-            noise_prediction(run.task.denoiser(run.device)),
-            noise_prediction(load_network(run, network)),
-            source.x,
-            source.timesteps.tolist(),
-            device=run.device,
+            lambda x_t, t: next(full_precision), quantized_network, x, timesteps, batch=x.shape[1], device=run.device
         )
-        with atomic_file(folder / SQNR) as temporary, open(temporary, "wb") as file:
-            np.savez(file, timesteps=measured.timesteps, signal=measured.signal, error=measured.error)
+        _save_arrays(folder / SQNR, timesteps=measured.timesteps, signal=measured.signal, error=measured.error)
 
     return stage(run, "sqnr", build)
+
+
+def _save_arrays(path: Path, **arrays: Any) -> None:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def read_sqnr(result: Result) -> StepSQNR:
