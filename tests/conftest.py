@@ -31,7 +31,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
     """Say how many golden cases ran and how many were skipped: a green run without them proves little."""
     counts = {
         outcome: sum(
-            getattr(report, "nodeid", "").startswith("tests/golden/") for report in terminalreporter.stats.get(outcome, [])
+            getattr(report, "nodeid", "").startswith("tests/golden/")
+            for report in terminalreporter.stats.get(outcome, [])
         )
         for outcome in ("passed", "failed", "skipped")
     }

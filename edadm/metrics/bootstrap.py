@@ -2,11 +2,12 @@
 
 What is resampled is the *difference* between two models that started from the same noise, with the same images drawn
 for both. A bootstrap of the level itself is wrong: a Frechet distance falls with the number of distinct images, and
-a resample with n draws holds only about 0.63 n of them, so every resampled level lies too high (on
-Gaussian features with a point of 0.42 the bootstrap mean was 0.81). In the difference the common part of this bias cancels, but not the part by which the two
-models' own biases differ, so the plain percentile interval can even miss the point it belongs to. The draws are
-therefore centred, in two ways that answer two questions (measured on Gaussian features, five settings, nominal 95 %:
-the percentile interval covered 0.12 to 0.74 of the true differences and 0.70 to 0.96 of the expected ones):
+a resample with n draws holds only about 0.63 n of them, so every resampled level lies too high (on Gaussian features
+with a point of 0.42 the bootstrap mean was 0.81). In the difference the common part of this bias cancels, but not the
+part by which the two models' own biases differ, so the plain percentile interval can even miss the point it belongs
+to. The draws are therefore centred, in two ways that answer two questions (measured on Gaussian features, five
+settings, nominal 95 %: the percentile interval covered 0.12 to 0.74 of the true differences and 0.70 to 0.96 of the
+expected ones):
 
 ``at_n``: the difference that another n images of both models would show on average; the draws are shifted to the
 measured value. Covered 0.95 to 1.00.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -29,7 +30,7 @@ def save(network: QuantModel, folder: str | Path, **facts: Any) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous() for key, value in _tensors(network).items()}, folder / WEIGHTS)
-    config = {key: value for key, value in dict(network.model.config).items() if not key.startswith("_")}
+    config = {key: value for key, value in dict(cast(Mapping, network.model.config)).items() if not key.startswith("_")}
     description = {
         "format": FORMAT,
         "note": "fake-quantized: the codes are integers, every operation runs in floating point",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,14 @@ class QuantLayer(nn.Module):
     quantizer and its own weight quantizer, one convolution runs on both (Q-Diffusion, section 4.2).
     """
 
-    def __init__(self, source: nn.Module, name: str, role: str, bits: LayerBits, split: int | None = None):
+    def __init__(
+        self,
+        source: nn.modules.conv._ConvNd | nn.Linear,
+        name: str,
+        role: str,
+        bits: LayerBits,
+        split: int | None = None,
+    ):
         super().__init__()
         self.name, self.role, self.bits, self.split = name, role, bits, split
         self.weight = nn.Parameter(source.weight.detach(), requires_grad=False)
@@ -37,11 +45,13 @@ class QuantLayer(nn.Module):
         self._operation = _operation(source, name)
         parts = 1 if split is None else 2
         suffixes = ("", "_0")[:parts]
-        self.weight_quantizers = nn.ModuleList(
-            WeightQuantizer(bits.weight, f"{name}.weight_quantizer{suffix}") for suffix in suffixes
+        self.weight_quantizers = cast(
+            Sequence[WeightQuantizer],
+            nn.ModuleList(WeightQuantizer(bits.weight, f"{name}.weight_quantizer{suffix}") for suffix in suffixes),
         )
-        self.act_quantizers = nn.ModuleList(
-            ActivationQuantizer(bits.act, f"{name}.act_quantizer{suffix}") for suffix in suffixes
+        self.act_quantizers = cast(
+            Sequence[ActivationQuantizer],
+            nn.ModuleList(ActivationQuantizer(bits.act, f"{name}.act_quantizer{suffix}") for suffix in suffixes),
         )
         self.weight_enabled = False
         self.weight_is_quantized = False
@@ -71,9 +81,9 @@ class QuantLayer(nn.Module):
             )
         return self.quantized_weight()
 
-    def _join(self, parts) -> torch.Tensor:
-        parts = list(parts)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    def _join(self, parts: Iterable[torch.Tensor]) -> torch.Tensor:
+        joined = list(parts)
+        return joined[0] if len(joined) == 1 else torch.cat(joined, 1)
 
     @torch.no_grad()
     def quantized_weight(self) -> torch.Tensor:
@@ -164,9 +174,14 @@ class AttentionMatmul(nn.Module):
         self.q, self.k, self.v = (ActivationQuantizer(act_bits, f"{name}.{letter}") for letter in "qkv")
         self.w = ActivationQuantizer(softmax_bits, f"{name}.w")
 
+    @property
+    def quantizers(self) -> tuple[ActivationQuantizer, ...]:
+        """The quantizers of q, k, v and the softmax output."""
+        return self.q, self.k, self.v, self.w
+
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None):
         """q (B, heads, N, d), k and v (B, heads, M, d), mask added to the logits; returns (B, heads, N, d)."""
-        if not any(quantizer.enabled for quantizer in self.children()):
+        if not any(quantizer.enabled for quantizer in self.quantizers):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         logits = self.q(q) @ self.k(k).transpose(-1, -2) * q.shape[-1] ** -0.5
         weights = (logits if mask is None else logits + mask).softmax(-1)

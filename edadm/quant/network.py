@@ -199,7 +199,7 @@ def _unit_sites(unit: Unit) -> list[Site]:
         sites += [Site(q.name, layer.role, "weight", q.bits, unit.name) for q in layer.weight_quantizers]
         sites += [Site(q.name, layer.role, "act", q.bits, unit.name) for q in layer.act_quantizers]
     for matmul in unit.matmuls:
-        sites += [Site(q.name, "attention", "matmul", q.bits, unit.name) for q in matmul.children()]
+        sites += [Site(q.name, "attention", "matmul", q.bits, unit.name) for q in matmul.quantizers]
     return sites
 
 
@@ -210,8 +210,8 @@ def unit_state(unit: Unit) -> dict[str, torch.Tensor]:
         for q in layer.weight_quantizers:
             if q.hard_up is not None:
                 state[f"{q.name}.hard_up"] = q.hard_up.clone()
-    for q in unit.activation_quantizers:
-        state[f"{q.name}.scale"] = q.scale.detach().clone()
+    for quantizer in unit.activation_quantizers:
+        state[f"{quantizer.name}.scale"] = quantizer.scale.detach().clone()
     return state
 
 
@@ -223,5 +223,5 @@ def load_unit_state(unit: Unit, state: Mapping[str, torch.Tensor]) -> None:
             if f"{q.name}.hard_up" in state:
                 q.hard_up = state[f"{q.name}.hard_up"].to(layer.weight.device, torch.bool)
         layer.invalidate()
-    for q in unit.activation_quantizers:
-        q.scale.copy_(state[f"{q.name}.scale"])
+    for quantizer in unit.activation_quantizers:
+        quantizer.scale.copy_(state[f"{quantizer.name}.scale"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,7 +85,7 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str)
     return model
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
+def load_checkpoint(model: Any, path: str | Path) -> nn.Module:
     """Fill a ``UNet2DModel`` from an original checkpoint file: a pickled state dict or safetensors.
 
     A training checkpoint (a list whose last item is the EMA shadow) yields its EMA weights.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -47,7 +48,7 @@ def is_float(name: str) -> bool:
     return name.startswith("class_embedding.")
 
 
-def units(model: nn.Module) -> Iterator[str]:
+def units(model: Any) -> Iterator[str]:
     """Yield the module names of the reconstruction units in execution order."""
     yield from ("time_embedding.linear_1", "time_embedding.linear_2", "conv_in")
     for i, block in enumerate(model.down_blocks):
@@ -58,7 +59,7 @@ def units(model: nn.Module) -> Iterator[str]:
     yield "conv_out"
 
 
-def _level(prefix: str, block: nn.Module) -> Iterator[str]:
+def _level(prefix: str, block: Any) -> Iterator[str]:
     attentions = getattr(block, "attentions", ())
     for j in range(len(block.resnets)):
         yield f"{prefix}.resnets.{j}"
@@ -69,7 +70,7 @@ def _level(prefix: str, block: nn.Module) -> Iterator[str]:
             yield f"{prefix}.{kind}.{j}.conv" if hasattr(sampler, "conv") else f"{prefix}.{kind}.{j}"
 
 
-def _middle(block: nn.Module | None) -> Iterator[str]:
+def _middle(block: Any) -> Iterator[str]:
     if block is None:
         return
     for j in range(len(block.resnets)):
@@ -78,7 +79,7 @@ def _middle(block: nn.Module | None) -> Iterator[str]:
         yield f"mid_block.resnets.{j}"
 
 
-def splits(model: nn.Module) -> dict[str, int]:
+def splits(model: Any) -> dict[str, int]:
     """Return for each shortcut of the up path the number of input channels that come from the decoder."""
     skips = [model.conv_in.out_channels]
     for block in model.down_blocks:
