@@ -141,7 +141,7 @@ class Graded(nn.Module):
 def train_features(args: argparse.Namespace, device: torch.device, checkpoint: Path) -> None:
     """Classification with SGD, one cycle, random shifts, flips and label smoothing; reports the test accuracy.
 
-    A quarter of the images is faded into noise whose deviation the network estimates: a classifier alone has no reason
+    An eighth of the images is faded into noise whose deviation the network estimates: a classifier alone has no reason
     to place more noise farther away, and a distance in its features would not rank bad samples.
     """
     images, labels = load_cifar10("train")
@@ -188,12 +188,12 @@ def train_features(args: argparse.Namespace, device: torch.device, checkpoint: P
 
 
 def noised(x: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fade a quarter of the images (N, 3, 32, 32) in [-1, 1] into noise; return them and the noise's deviation (N,).
+    """Fade an eighth of the images (N, 3, 32, 32) in [-1, 1] into noise; return them and the noise's deviation (N,).
 
     The noise is Gaussian or uniform with a deviation up to 0.8; from 0.5 on nothing of the image is left.
     """
     n = len(x)
-    chosen = torch.from_numpy(rng.random(n) < 0.25)
+    chosen = torch.from_numpy(rng.random(n) < 0.125)
     deviation = torch.from_numpy(rng.random(n, dtype=np.float32) * 0.8 * chosen.numpy())
     gaussian = rng.standard_normal(x.shape, dtype=np.float32)
     uniform = (rng.random(x.shape, dtype=np.float32) * 2 - 1) * np.float32(3**0.5)

@@ -15,6 +15,9 @@ from edadm.quant.quantizer import ActivationQuantizer, WeightQuantizer
 from edadm.quant.rounding import init_alpha, soft_weight
 
 
+CACHED_LOGITS = 2**18  # attention logits that stay in the cache of a CPU core while a few rows are attended
+
+
 @dataclass(frozen=True)
 class LayerBits:
     """Bit widths of one layer. 16 and 32 mean floating point."""
@@ -183,10 +186,19 @@ class AttentionMatmul(nn.Module):
         """q (B, heads, N, d), k and v (B, heads, M, d), mask added to the logits; returns (B, heads, N, d)."""
         if not any(quantizer.enabled for quantizer in self.quantizers):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        logits = self.q(q) @ self.k(k).transpose(-1, -2) * q.shape[-1] ** -0.5
-        weights = (logits if mask is None else logits + mask).softmax(-1)
-        value = self.v(v)
-        return self.w(weights) @ value
+        q, k, v = self.q(q), self.k(k).transpose(-1, -2), self.v(v)
+        if mask is not None or torch.is_grad_enabled() or self.w.observe is not None or self.w.drop is not None:
+            return self._attend(q, k, v, mask)
+        rows = max(1, CACHED_LOGITS // (q.shape[1] * q.shape[2] * k.shape[3])) if q.device.type == "cpu" else len(q)
+        parts = zip(q.split(rows), k.split(rows), v.split(rows), strict=True)
+        return torch.cat([self._attend(*part) for part in parts])
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attend with quantized q and v, and with quantized k as (B, heads, d, M)."""
+        logits = q @ k * q.shape[-1] ** -0.5
+        return self.w((logits if mask is None else logits + mask).softmax(-1)) @ v
 
 
 class QuantAttention:

@@ -30,7 +30,9 @@ def quantize_dequantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.
 
 
 def _clamp_codes_(codes: torch.Tensor, zero_point: torch.Tensor, levels: int) -> torch.Tensor:
-    # On a CPU maximum and minimum together take a quarter of the time of clamp with tensor bounds.
+    if codes.device.type == "cpu" and zero_point.numel() == 1:  # one pass; reading the bound waits for no device
+        low = -zero_point.item()
+        return codes.clamp_(low, levels - 1 + low)
     torch.maximum(codes, -zero_point, out=codes)
     return torch.minimum(codes, levels - 1 - zero_point, out=codes)
 

@@ -1,0 +1,80 @@
+"""Every benchmark runs once at a small size and fills its lines of the table; nothing here looks at time."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+import benchmarks.__main__ as command
+from benchmarks.operations import CONFIG, GROUPS, KNOWN, RANGE_ROWS, Bench, embedded_step, prepare, units_to_time
+from benchmarks.timing import HEADER, Pairs, Row, markdown
+
+pytestmark = pytest.mark.slow
+
+
+def narrow_network():
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(**CONFIG | {"block_out_channels": (8, 16, 16), "norm_num_groups": 8})
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return prepare(narrow_network(), torch.device("cpu"), time.process_time, repeats=1, rows=RANGE_ROWS)
+
+
+@pytest.fixture(scope="module")
+def rows(bench: Bench) -> dict[str, list[Row]]:
+    return {name: list(measure(bench)) for name, measure in GROUPS.items()}
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_each_group_gives_lines_of_the_table(rows):
+    for group in rows.values():
+        head, rule, *body = cells(markdown(group))
+        assert tuple(head) == HEADER and len(rule) == len(HEADER)
+        assert len(body) == len(group) > 0
+        assert all(len(line) == len(HEADER) and all(line) for line in body)
+
+
+def test_each_known_cost_stands_beside_a_measured_operation(rows):
+    measured = {row.operation: row for group in rows.values() for row in group}
+    assert len(measured) == sum(map(len, rows.values()))
+    for operation, known in KNOWN.items():
+        assert (measured[operation].official, measured[operation].target) == (known.official, known.target)
+
+
+def test_timed_units_are_those_of_the_golden_readme(bench):
+    units = bench.network.units("block")
+    names = {kind: units[index].name for kind, index in units_to_time(units).items()}
+    assert names == {
+        "split resnet": "up_blocks.1.resnets.1",
+        "mid resnet": "mid_block.resnets.0",
+        "attention": "up_blocks.1.attentions.2",
+    }
+
+
+def test_ratios_are_paired_and_scaled_to_the_whole_work():
+    pairs = Pairs(lambda: None, time.process_time, seconds=[2.0, 3.0, 8.0], references=[1.0, 1.0, 2.0])
+    assert pairs.ratios() == (3.0, 2.0)
+    assert pairs.ratios(parts=0.5) == (6.0, 4.0)
+
+
+def test_command_prints_what_was_measured_and_on_what(monkeypatch, capsys):
+    monkeypatch.setattr(command, "small_network", narrow_network)
+    threads = torch.get_num_threads()
+    command.main(["--only", "caching", "--repeats", "1"])
+    title, machine, blank, *table = capsys.readouterr().out.splitlines()
+    assert "yardstick" in title and "MiB" in machine and "load" in machine and not blank
+    assert len(cells("\n".join(table))) == 3
+    assert torch.get_num_threads() == threads
+
+
+def test_embedded_step_is_one_line_and_two_rates():
+    rows, rates = embedded_step(torch.device("cpu"), time.process_time, repeats=1, batch=2)
+    assert len(cells(markdown(rows))) == 3 and len(rates) == 2
