@@ -85,7 +85,7 @@ def trajectories(run: Run) -> Result:
 
     def build(folder: Path, progress: Progress) -> None:
         collect(
-            run.task.denoiser(run.device),
+            _for_inference(run.task.denoiser(run.device)),
             run.sampler,
             run.settings["profile.rows"],
             shape=run.task.sample_shape,
@@ -221,7 +221,12 @@ def images(run: Run, network: Result | None) -> Result:
 def load_network(run: Run, network: Result | None) -> nn.Module:
     """Return the quantized network of a finished stage or of the user's folder, else the full-precision denoiser."""
     folder = run.loaded or (network.folder if network else None)
-    return run.task.denoiser(run.device) if folder is None else io.load(folder).to(run.device)
+    return _for_inference(run.task.denoiser(run.device) if folder is None else io.load(folder).to(run.device))
+
+
+def _for_inference(network: nn.Module) -> nn.Module:
+    """Return the network with channels last, the faster layout of its convolutions on CPU and GPU."""
+    return network.to(memory_format=torch.channels_last)
 
 
 def read_images(result: Result) -> torch.Tensor:
@@ -245,7 +250,8 @@ def evaluation(run: Run) -> Result:
         seed, shape = run.settings["evaluation_seed"], run.task.sample_shape
         x = noise(EVALUATION, seed, numbers, shape).to(run.device)
         step_noise = sampler_noise(EVALUATION, seed, numbers, shape, torch.device(run.device))
-        run.sampler.run(noise_prediction(run.task.denoiser(run.device)), x, step_noise, observe=record)
+        denoise = noise_prediction(_for_inference(run.task.denoiser(run.device)))
+        run.sampler.run(denoise, x, step_noise, observe=record)
         _save_arrays(
             folder / ALONG, timesteps=timesteps, x=torch.stack(inputs).numpy(), eps=torch.stack(outputs).numpy()
         )

@@ -14,7 +14,6 @@ from edadm.errors import EdadmError
 from edadm.quant.quantizer import ActivationQuantizer, WeightQuantizer
 from edadm.quant.rounding import init_alpha, soft_weight
 
-
 CACHED_LOGITS = 2**18  # attention logits that stay in the cache of a CPU core while a few rows are attended
 
 
@@ -91,6 +90,8 @@ class QuantLayer(nn.Module):
     @torch.no_grad()
     def quantized_weight(self) -> torch.Tensor:
         """Return the dequantized weight (C_out, ...), computed once after each change of ranges or rounding."""
+        if self.weight_is_quantized:
+            return self.weight
         if self._dequantized is None:
             self._dequantized = self._join(
                 q.hard(part) for part, q in zip(self._parts(self.weight), self.weight_quantizers)
@@ -114,7 +115,6 @@ class QuantLayer(nn.Module):
             shape = (-1,) + (1,) * (code.ndim - 1)
             parts.append((code.to(q.scale.dtype) - q.zero_point.view(shape)) * q.scale.view(shape))
         self.weight.data = self._join(parts)
-        self._dequantized = self.weight.data
         self.weight_is_quantized = True
 
     @torch.no_grad()
@@ -142,6 +142,10 @@ class QuantLayer(nn.Module):
             q.hard_up = alpha >= 0
         self.alphas = None
         self._dequantized = None
+
+    def _apply(self, fn, recurse=True):
+        self._dequantized = None  # it must follow the weight to another device, dtype or memory format
+        return super()._apply(fn, recurse)
 
     def invalidate(self) -> None:
         """Forget the cached dequantized weight after scale, zero point or rounding were written from outside."""
