@@ -248,7 +248,7 @@ def _pictures(run: Run, sampled: stages.Result, reference: stages.Result | None)
         grid(made[:16], path)
     else:
         comparison_grid(stages.read_images(reference), made, path)
-    return {"grid": str(path)}
+    return {"grid": path.name}
 
 
 def _save_calibration_set(run: Run, calibrated: stages.Result) -> None:
@@ -261,7 +261,7 @@ def _save_calibration_set(run: Run, calibrated: stages.Result) -> None:
 
 def _push(run: Run, record: Record) -> None:
     if run.settings["logger.name"] == "wandb":
-        tracking.push(record, [Path(file) for file in record.outputs.values()])
+        tracking.push(record, records.pictures(record, [run.results]))
 
 
 def sites_table(run: Run) -> str:

@@ -72,7 +72,8 @@ class Record:
     its method as published (``{"calibration": "random"}``); ``overrides`` are the words of the command line that make
     the run again. ``protocol`` is everything two numbers must share to be compared (sampler, steps, eta, reference
     statistics, feature network and their sha256). ``expected_band`` maps a metric to [low, high] of the task's
-    full-precision model. ``artefacts`` maps a stage to the hash of its artefact, ``outputs`` a name to a file.
+    full-precision model. ``artefacts`` maps a stage to the hash of its artefact, ``outputs`` a name to a file
+    beside the record.
     """
 
     hash: str
@@ -209,6 +210,13 @@ def date(record: Record) -> str:
 def path_of(results_dir: Path, task: str, hash: str) -> Path:
     """Return the file of a record in a results set such as ``results/local``."""
     return Path(results_dir) / task / f"{hash}.json"
+
+
+def pictures(record: Record, results_dirs: Iterable[Path]) -> list[Path]:
+    """Return the PNG files of a record that are there."""
+    names = [name for name in record.outputs.values() if name.endswith(".png")]
+    folders = [path_of(Path(folder), record.task, record.hash).parent for folder in results_dirs]
+    return [folder / name for folder in folders for name in names if (folder / name).is_file()]
 
 
 def find(results_dir: Path, task: str, hash: str) -> Record | None:

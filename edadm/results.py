@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edadm.errors import EdadmError
 from edadm.journal import Run, Sweep, read_runs, read_sweeps
-from edadm.records import Record, read_all
+from edadm.records import Record, pictures, read_all
 from edadm.store import Artefact, Store
 from edadm.tracking import Mode, push
 
@@ -190,8 +190,7 @@ def push_wandb(results: Sequence[Path], names: Sequence[str], mode: Mode | None)
     if not chosen:
         raise EdadmError(f"no record of {', '.join(names) or 'any run'} in {', '.join(map(str, results))}")
     for record in chosen:
-        pictures = [Path(file) for file in record.outputs.values() if file.endswith(".png") and Path(file).is_file()]
-        print(f"{record.hash} {record.method} {record.bits.name}: {push(record, pictures, mode)}")
+        print(f"{record.hash} {record.method} {record.bits.name}: {push(record, pictures(record, results), mode)}")
     return 0
 
 

@@ -162,12 +162,11 @@ def test_gc_refuses_to_run_where_there_are_no_records(
 
 
 def test_push_wandb_sends_the_named_records_with_their_pictures(
-    local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    local: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    picture = tmp_path / "grid.png"
+    chosen = record(sweep="demo", outputs={"grid": "grid.png", "gone": "gone.png"})
+    picture = write(chosen, local).with_name("grid.png")
     picture.write_bytes(b"png")
-    chosen = record(sweep="demo", outputs={"grid": str(picture), "gone": str(tmp_path / "gone.png")})
-    write(chosen, local)
     write(record("rtn"), local)
     sent: list[tuple] = []
     monkeypatch.setattr(results, "push", lambda *words: sent.append(words))

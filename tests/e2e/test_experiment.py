@@ -60,7 +60,7 @@ def test_a_run_ends_in_a_record_that_says_what_was_done(toy: Toy) -> None:
     assert len(record.metrics[STEP_CURVE]["values"]) == 4
     assert record.cost["bit_operations"] < record.cost["bit_operations_fp"]
     assert record.cost["size_mb"] < record.cost["size_fp_mb"]
-    assert Path(record.outputs["grid"]).is_file()
+    assert records.pictures(record, [run.results]) == [run.results / record.task / record.outputs["grid"]]
     assert all(store.Store().find(stage, run.key(stage)) is not None for stage in record.artefacts)
 
 
