@@ -13,6 +13,7 @@ import torch
 
 from edadm.errors import EdadmError
 from edadm.quant.network import Bits, QuantModel, SitePlan
+from edadm.quant.quantizer import is_float
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "quantized.safetensors", "quantized.json"
@@ -78,15 +79,19 @@ def load(folder: str | Path) -> QuantModel:
 
 
 def _quantized_layers(network: QuantModel):
-    return [layer for layer in network.layers.values() if layer.bits.weight < 16]
+    return [layer for layer in network.layers.values() if not is_float(layer.bits.weight)]
+
+
+def _float_tensors(network: QuantModel) -> dict[str, torch.Tensor]:
+    """Return what is stored in floating point: all but quantizers and the weights that are stored as codes."""
+    codes_of = {f"{layer.name}.weight" for layer in _quantized_layers(network)}
+    state = network.model.state_dict()
+    kept = (key for key in state if key not in codes_of and "quantizer" not in key and ".matmul." not in key)
+    return {f"float.{key}": state[key] for key in kept}
 
 
 def _tensors(network: QuantModel) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    codes_of = {f"{layer.name}.weight" for layer in _quantized_layers(network)}
-    for key, value in network.model.state_dict().items():
-        if key not in codes_of and "quantizer" not in key and ".matmul." not in key:
-            tensors[f"float.{key}"] = value
+    tensors = _float_tensors(network)
     for layer in _quantized_layers(network):
         for quantizer, codes in zip(layer.weight_quantizers, layer.weight_codes()):
             tensors[f"{quantizer.name}.codes"] = codes
@@ -115,10 +120,7 @@ def _install(network: QuantModel, tensors: dict[str, torch.Tensor], source: str)
 
 
 def _expected_keys(network: QuantModel):
-    codes_of = {f"{layer.name}.weight" for layer in _quantized_layers(network)}
-    for key in network.model.state_dict():
-        if key not in codes_of and "quantizer" not in key and ".matmul." not in key:
-            yield f"float.{key}"
+    yield from _float_tensors(network)
     for layer in _quantized_layers(network):
         for quantizer in layer.weight_quantizers:
             yield from (f"{quantizer.name}.codes", f"{quantizer.name}.scale", f"{quantizer.name}.zero_point")

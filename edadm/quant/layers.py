@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from edadm.errors import EdadmError
-from edadm.quant.quantizer import ActivationQuantizer, WeightQuantizer
+from edadm.quant.quantizer import ActivationQuantizer, WeightQuantizer, is_float
 from edadm.quant.rounding import init_alpha, soft_weight
 
 CACHED_LOGITS = 2**18  # attention logits that stay in the cache of a CPU core while a few rows are attended
@@ -74,7 +74,7 @@ class QuantLayer(nn.Module):
         return tensor[:, : self.split], tensor[:, self.split :]
 
     def _effective_weight(self) -> torch.Tensor:
-        if not self.weight_enabled or self.bits.weight >= 16:
+        if not self.weight_enabled or is_float(self.bits.weight):
             return self.weight
         if self.alphas is not None:
             return self._join(
@@ -120,7 +120,7 @@ class QuantLayer(nn.Module):
     @torch.no_grad()
     def set_weight_ranges(self, ranges) -> None:
         """Set scale and zero point of each weight part; ``ranges.weight(part, bits)`` returns both, each (C_out,)."""
-        if self.bits.weight >= 16:
+        if is_float(self.bits.weight):
             return
         for part, q in zip(self._parts(self.weight), self.weight_quantizers):
             q.set(*ranges.weight(part, q.bits, q.name))
@@ -128,7 +128,7 @@ class QuantLayer(nn.Module):
 
     def start_rounding(self) -> list[nn.Parameter]:
         """Make the rounding of each weight part learnable (AdaRound) and return the variables alpha."""
-        if self.bits.weight >= 16:
+        if is_float(self.bits.weight):
             return []
         self.alphas = nn.ParameterList(
             nn.Parameter(init_alpha(part, q.scale)) for part, q in zip(self._parts(self.weight), self.weight_quantizers)

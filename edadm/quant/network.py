@@ -12,7 +12,7 @@ from torch import nn
 from edadm.errors import EdadmError
 from edadm.quant.families import family_of
 from edadm.quant.layers import AttentionMatmul, LayerBits, QuantAttention, QuantLayer
-from edadm.quant.quantizer import ActivationQuantizer
+from edadm.quant.quantizer import ActivationQuantizer, is_float
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
 SUPPORTED_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
@@ -47,8 +47,8 @@ class SitePlan:
 
     def layer_bits(self, role: str, bits: Bits) -> LayerBits:
         rule = self.edge.get(role, {})
-        weight = bits.weight if bits.weight >= 16 else rule.get("weight", bits.weight)
-        act = bits.act if bits.act >= 16 else rule.get("act", bits.act)
+        weight = bits.weight if is_float(bits.weight) else rule.get("weight", bits.weight)
+        act = bits.act if is_float(bits.act) else rule.get("act", bits.act)
         return LayerBits(weight, act)
 
 
@@ -80,7 +80,7 @@ class Unit:
 
     @property
     def activation_quantizers(self) -> list[ActivationQuantizer]:
-        return [q for q in self.module.modules() if isinstance(q, ActivationQuantizer) and q.bits < 16]
+        return [q for q in self.module.modules() if isinstance(q, ActivationQuantizer) and not is_float(q.bits)]
 
 
 class QuantModel(nn.Module):
@@ -137,7 +137,7 @@ class QuantModel(nn.Module):
                     "call set_default_attn_processor() or unfuse_qkv_projections() first"
                 )
             if self.plan.matmuls:
-                softmax_bits = self.bits.softmax if self.bits.act < 16 else 32
+                softmax_bits = self.bits.softmax if not is_float(self.bits.act) else 32
                 module.matmul = AttentionMatmul(f"{name}.matmul", self.bits.act, softmax_bits)
                 module.set_processor(QuantAttention())
                 self.matmuls[f"{name}.matmul"] = module.matmul
@@ -177,7 +177,7 @@ class QuantModel(nn.Module):
     @property
     def activation_quantizers(self) -> list[ActivationQuantizer]:
         """The activation quantizers in use, in registration order."""
-        return [q for q in self.modules() if isinstance(q, ActivationQuantizer) and q.bits < 16]
+        return [q for q in self.modules() if isinstance(q, ActivationQuantizer) and not is_float(q.bits)]
 
     def set_state(self, weights: bool, activations: bool) -> None:
         """Switch weight and activation quantization of the whole network on or off."""
