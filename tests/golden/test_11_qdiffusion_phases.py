@@ -19,8 +19,6 @@ from tests.golden.replay import Recorder, Replay, assert_course_equals, curve_er
 @pytest.fixture
 def folder(golden):
     folder = golden / "eda_ddim" / "11_qdiffusion"
-    if not folder.is_dir():
-        pytest.skip("11_qdiffusion is optional and not there")
     return folder
 
 

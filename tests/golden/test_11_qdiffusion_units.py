@@ -24,8 +24,6 @@ ACTIVATION_RULES = {
 @pytest.fixture
 def units(golden: Path) -> tuple[dict, dict]:
     folder = golden / "eda_ddim" / "11_qdiffusion"
-    if not folder.is_dir():
-        pytest.skip("11_qdiffusion is optional and not in these vectors")
     return load(folder / "units")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import pytest
 import torch
 
 from edadm.quant.network import Bits, QuantModel, SitePlan
@@ -18,8 +17,6 @@ from tests.golden.test_10_network import RELEASED_EDGE
 
 def test_hand_over_between_units_equals_official(golden, golden_unet, official_names):
     folder = golden / "eda_ddim" / "12_pipeline"
-    if not folder.is_dir():
-        pytest.skip("12_pipeline is optional and not there")
     case, tensors = load(folder)
     network, x, t = _start(case, golden, golden_unet, official_names)
     blocks = {block_module(u["block"], official_names): u for u in case["units"]}
