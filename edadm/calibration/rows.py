@@ -11,35 +11,59 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edadm.calibration.files import read_tensors, write_tensors
+from edadm.calibration.files import named, read_tensors, under, write_tensors
 from edadm.calibration.trajectories import Trajectories
 from edadm.errors import EdadmError
+from edadm.sampling.guidance import Condition, doubled, require_same_rows
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
     """Network inputs of n rows.
 
-    x: float32 (n, C, H, W), finite. timestep: int64 (n,), what the network is told. step: int64 (n,), the number k of
-    the network call it comes from, 0 the noisiest. condition: (n, ...) or None.
+    x: float32 (n, C, H, W), finite. timestep: (n,), what the network is told, int64, or float64 of a sampler with
+    fractional times: never an index. step: int64 (n,), the number k of the sampling step it comes from, 0 the noisiest.
+    condition: (n, ...) by the names the network takes them, or None. null: under guidance the null condition, one row.
     """
 
     x: Tensor
     timestep: Tensor
     step: Tensor
-    condition: Tensor | None = None
+    condition: Condition | None = None
+    null: Condition | None = None
 
     def __post_init__(self) -> None:
         n = len(self.x) if self.x.dim() else 0
         if self.x.dim() < 2 or not n or not self.x.is_floating_point():
             raise EdadmError(f"calibration set: x is {_describe(self.x)}, expected floats of shape (rows, C, H, W)")
-        for name, tensor in (("timestep", self.timestep), ("step", self.step)):
-            if tensor.shape != (n,) or tensor.is_floating_point() or tensor.min() < 0:
-                raise EdadmError(f"calibration set: {name} is {_describe(tensor)}, expected {n} integers >= 0")
-        if self.condition is not None and (not self.condition.dim() or len(self.condition) != n):
-            raise EdadmError(f"calibration set: condition is {_describe(self.condition)}, expected {n} rows")
+        if self.timestep.shape != (n,) or not (self.timestep >= 0).all() or not torch.isfinite(self.timestep).all():
+            raise EdadmError(f"calibration set: timestep is {_describe(self.timestep)}, expected {n} numbers >= 0")
+        if self.step.shape != (n,) or self.step.is_floating_point() or self.step.min() < 0:
+            raise EdadmError(f"calibration set: step is {_describe(self.step)}, expected {n} integers >= 0")
+        for name, rows in (self.condition or {}).items():
+            if not rows.dim() or len(rows) != n:
+                raise EdadmError(f"calibration set: condition {name} is {_describe(rows)}, expected {n} rows")
+        if self.null is not None:
+            require_same_rows(self.condition or {}, self.null)
         if not torch.isfinite(self.x).all():
             raise EdadmError("calibration set: x holds NaN or Inf; sample the trajectories again in float32")
+
+    def inputs(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return what the network is called with: x, timestep and the condition by name.
+
+        Under guidance every row comes twice in a row, with the null condition and with its own, so that any part of an
+        even number of rows holds both in equal number: the released code doubles batch by batch (methods.md 1).
+        """
+        condition = dict(self.condition or {})
+        if self.null is None:
+            return self.x, self.timestep, condition
+        both = doubled(condition, self.null)
+        pairs = torch.arange(2 * len(self)).view(2, -1).T.flatten()
+        return (
+            self.x.repeat_interleave(2, dim=0),
+            self.timestep.repeat_interleave(2),
+            {name: rows[pairs] for name, rows in both.items()},
+        )
 
     def __len__(self) -> int:
         return len(self.x)
@@ -49,8 +73,8 @@ class CalibrationSet:
 
         metadata: where the rows come from (task, sampler, seed, method), kept as text.
         """
-        tensors = {"x": self.x, "timestep": self.timestep, "step": self.step, "condition": self.condition}
-        return write_tensors(path, tensors, metadata)
+        tensors = {"x": self.x, "timestep": self.timestep, "step": self.step}
+        return write_tensors(path, tensors | named("condition", self.condition) | named("null", self.null), metadata)
 
     @classmethod
     def load(
@@ -62,9 +86,12 @@ class CalibrationSet:
         the steps. Raises EdadmError when the file is absent or broken, when tensors are missing, mis-shaped or not
         finite, or when there are fewer than min_rows rows.
         """
-        tensors, metadata = read_tensors(path, "calibration set", ("x", "timestep", "step"), ("condition",))
+        tensors, metadata = read_tensors(
+            path, "calibration set", ("x", "timestep", "step"), prefixes=("condition", "null")
+        )
+        conditions = under("condition", tensors), under("null", tensors)
         try:
-            rows = cls(tensors["x"].float(), tensors["timestep"], tensors["step"], tensors.get("condition"))
+            rows = cls(tensors["x"].float(), tensors["timestep"], tensors["step"], *conditions)
         except EdadmError as error:
             raise EdadmError(f"{path}: {error}") from error
         if shape is not None and tuple(rows.x.shape[1:]) != tuple(shape):
@@ -96,7 +123,7 @@ class RowSampler(Protocol):
 
 
 def take(trajectories: Trajectories, steps: np.ndarray, rows: np.ndarray | None = None) -> CalibrationSet:
-    """Take one row per entry of ``steps``: x of trajectory ``rows[j]`` (default j) at network call ``steps[j]``.
+    """Take one row per entry of ``steps``: x of trajectory ``rows[j]`` (default j) at sampling step ``steps[j]``.
 
     Raises EdadmError when there are fewer trajectories than that.
     """
@@ -110,12 +137,13 @@ def take(trajectories: Trajectories, steps: np.ndarray, rows: np.ndarray | None 
             "Sample more trajectories or ask for fewer rows"
         )
     k = torch.from_numpy(np.asarray(steps, dtype=np.int64))
-    x = trajectories.x[k, torch.from_numpy(np.asarray(rows, dtype=np.int64))]
-    return CalibrationSet(x, trajectories.timesteps[k], k)
+    j = torch.from_numpy(np.asarray(rows, dtype=np.int64))
+    condition = trajectories.condition and {name: tensor[j] for name, tensor in trajectories.condition.items()}
+    return CalibrationSet(trajectories.x[k, j], trajectories.timesteps[k], k, condition, trajectories.null)
 
 
 def step_counts(steps: np.ndarray, total: int) -> list[int]:
-    """Return how many rows each of the ``total`` network calls gives."""
+    """Return how many rows each of the ``total`` sampling steps gives."""
     return np.bincount(steps, minlength=total).tolist()
 
 

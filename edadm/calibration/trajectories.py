@@ -7,28 +7,34 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edadm.calibration.files import read_tensors, write_tensors
+from edadm.calibration.files import named, read_tensors, under, write_tensors
 from edadm.errors import EdadmError
-from edadm.sampling.ddim import Denoise, Sampler, unwrap
 from edadm.sampling.generate import Progress, sampler_noise
+from edadm.sampling.guidance import Condition, Guidance, denoise_for
+from edadm.sampling.interface import Denoise, DiffusionSampler, unwrap
 from edadm.sampling.noise import CALIBRATION, noise
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """What the full-precision network saw while it sampled N images in T calls.
+    """What the full-precision network saw while it sampled N images in T steps.
 
-    x: float32 (T, N, C, H, W), network input of call k; x[0] is noise. timesteps: int64 (T,), largest first.
-    features: float32 (T, B, C', ...) of the first B <= N trajectories, or None.
+    x: float32 (T, N, C, H, W), network input of step k; x[0] is noise. timesteps: (T,), largest first, int64, or
+    float64 of a sampler with fractional times. features: float32 (T, B, C', ...) of the first trajectories, or None;
+    B <= N, or 2N under guidance. condition: of every trajectory (N, ...), by the names the network takes them, or None.
+    null: under guidance the null condition, one row.
     """
 
     x: Tensor
     timesteps: Tensor
     features: Tensor | None = None
+    condition: Condition | None = None
+    null: Condition | None = None
 
     def __post_init__(self) -> None:
         steps = len(self.timesteps)
@@ -36,17 +42,21 @@ class Trajectories:
             raise EdadmError(
                 f"trajectories of shape {tuple(self.x.shape)} do not fit {steps} timesteps: make them again"
             )
+        most = self.count * (1 if self.null is None else 2)
         if self.features is not None and (
-            self.features.dim() < 3 or len(self.features) != steps or self.features.shape[1] > self.count
+            self.features.dim() < 3 or len(self.features) != steps or self.features.shape[1] > most
         ):
             raise EdadmError(
                 f"features of shape {tuple(self.features.shape)} do not belong to {steps} steps of {self.count} "
                 "trajectories: make them again"
             )
+        for name, rows in (self.condition or {}).items():
+            if len(rows) != self.count:
+                raise EdadmError(f"{len(rows)} rows of {name} do not fit {self.count} trajectories: make them again")
 
     @property
     def steps(self) -> int:
-        """Number of network calls T."""
+        """Number of sampling steps T, which is that of the network calls unless a step makes several."""
         return len(self.timesteps)
 
     @property
@@ -57,82 +67,106 @@ class Trajectories:
     def save(self, path: Path, metadata: Mapping[str, object] | None = None) -> Path:
         """Write to a safetensors file with metadata as text, and return its path."""
         tensors = {"x": self.x, "timesteps": self.timesteps, "features": self.features}
-        return write_tensors(path, tensors, metadata or {})
+        conditions = named("condition", self.condition) | named("null", self.null)
+        return write_tensors(path, tensors | conditions, metadata or {})
 
     @classmethod
     def load(cls, path: Path) -> Trajectories:
         """Read what `save` wrote. Raises EdadmError when the file is absent, broken or no such file."""
-        tensors, _ = read_tensors(path, "trajectories file", ("x", "timesteps"), ("features",))
-        return cls(tensors["x"], tensors["timesteps"], tensors.get("features"))
+        tensors, _ = read_tensors(path, "trajectories file", ("x", "timesteps"), ("features",), ("condition", "null"))
+        conditions = under("condition", tensors), under("null", tensors)
+        return cls(tensors["x"], tensors["timesteps"], tensors.get("features"), *conditions)
 
 
 def collect(
-    denoise: Denoise,
-    sampler: Sampler,
+    denoise: Callable[..., Any],
+    sampler: DiffusionSampler,
     n: int,
     *,
     shape: Sequence[int],
     seed: int,
     batch: int = 64,
+    guidance: Guidance | None = None,
     feature_module: str | None = None,
     feature_batches: int | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Trajectories:
-    """Sample n trajectories in float32 and keep every network input.
+    """Sample n trajectories in float32 and keep the network input of every step.
 
-    denoise: the full-precision network, an nn.Module when features are wanted. shape: (C, H, W) of one sample.
-    Batches are aligned to trajectory numbers and the last one is filled up, so a trajectory depends on
-    (seed, its number, batch) only. feature_module: name of the submodule whose *output* is the TDAC feature: the
-    released code's "input of the middle attention" is the output of ``mid_block.resnets.0``, the paper's feature the
-    output of ``mid_block``. feature_batches: keep the features of that many first batches (released code for latent
-    diffusion: 1), default all. Raises Diverged when NaN or Inf appears, EdadmError for an unknown module.
+    denoise: the full-precision network, an nn.Module when features are wanted, called as by `generate`.
+    shape: (C, H, W) of one sample. Batches are aligned to trajectory numbers and the last one is filled up, so a
+    trajectory depends on (seed, its number, batch) only. feature_module: name of the submodule whose *output* is the
+    TDAC feature: the released code's "input of the middle attention" is the output of ``mid_block.resnets.0``, the
+    paper's feature the output of ``mid_block``. feature_batches: keep the features of that many first batches (released
+    code for latent diffusion: 1), default all. Under guidance a batch has two features per trajectory, those of the
+    null condition first. Where a step makes several network calls (the first of PLMS), the input is that of its first
+    call and the feature that of its last, as in the released code.
+    Raises Diverged when NaN or Inf appears, EdadmError for an unknown module.
     """
     if n < 1 or batch < 1:
         raise ValueError(f"cannot sample {n} trajectories in batches of {batch}")
-    visited = sampler.timesteps
+    visited = step_times(sampler)
     x = torch.empty(len(visited), n, *shape)
     features: list[Tensor] = []
     for start in range(0, n, batch):
         stop = min(start + batch, n)
         wanted = feature_batches is None or start < feature_batches * batch
-        inputs, seen = _collect_batch(
-            denoise, sampler, range(start, start + batch), shape, seed, device, feature_module if wanted else None
-        )
+        numbers = range(start, start + batch)
+        bound = denoise_for(denoise, guidance, CALIBRATION, seed, numbers, device)
+        with _captured(denoise, feature_module if wanted else None) as feature:
+            inputs, seen = _follow(bound, sampler, numbers, shape, seed, device, feature)
         x[:, start:stop] = torch.stack(inputs)[:, : stop - start]
         if seen:
-            features.append(torch.stack(seen)[:, : stop - start])
+            rows = torch.stack(seen).unflatten(1, (-1, batch))
+            features.append(rows[:, :, : stop - start].flatten(1, 2))
         if progress is not None:
             progress(stop, n)
-    return Trajectories(x, torch.tensor(visited), torch.cat(features, dim=1) if features else None)
+    return Trajectories(
+        x,
+        visited,
+        torch.cat(features, dim=1) if features else None,
+        None if guidance is None else guidance.conditions.rows(CALIBRATION, seed, range(n)),
+        None if guidance is None else guidance.null,
+    )
 
 
-def _collect_batch(
+def step_times(sampler: DiffusionSampler) -> Tensor:
+    """Return the time of every step's first network call, int64 (T,), or float64 where times are fractional."""
+    first: dict[int, float] = {}
+    for step, t in zip(sampler.step_of_call, sampler.timesteps, strict=True):
+        first.setdefault(step, t)
+    ordered = list(first.values())
+    return torch.tensor(ordered, dtype=torch.int64 if all(isinstance(t, int) for t in ordered) else torch.float64)
+
+
+def _follow(
     denoise: Denoise,
-    sampler: Sampler,
+    sampler: DiffusionSampler,
     numbers: Sequence[int],
     shape: Sequence[int],
     seed: int,
     device: torch.device | str,
-    feature_module: str | None,
+    feature: Callable[[], Tensor] | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the network inputs of every step and the features of every step (empty without a module)."""
+    """Return the network input and the feature (none without a source of it) of every step."""
     inputs: list[Tensor] = []
     features: list[Tensor] = []
-    with _captured(denoise, feature_module) as feature:
 
-        def record(k: int, t: int, x: Tensor, eps: Tensor) -> None:
+    def record(k: int, t: float, x: Tensor, eps: Tensor) -> None:
+        step = sampler.step_of_call[k]
+        if step == len(inputs):
             inputs.append(x.cpu())
-            if feature is not None:
-                features.append(feature())
+        if feature is not None:
+            features[step:] = [feature()]
 
-        start = noise(CALIBRATION, seed, numbers, shape).to(device)
-        sampler.run(denoise, start, sampler_noise(CALIBRATION, seed, numbers, shape, device), observe=record)
+    start = noise(CALIBRATION, seed, numbers, shape).to(device)
+    sampler.run(denoise, start, sampler_noise(CALIBRATION, seed, numbers, shape, device), observe=record)
     return inputs, features
 
 
 @contextmanager
-def _captured(denoise: Denoise, name: str | None) -> Iterator[Callable[[], Tensor] | None]:
+def _captured(denoise: Callable[..., Any], name: str | None) -> Iterator[Callable[[], Tensor] | None]:
     """Yield a function that returns the last output of the named submodule (float32), or None without a name."""
     if name is None:
         yield None
@@ -154,7 +188,7 @@ def _captured(denoise: Denoise, name: str | None) -> Iterator[Callable[[], Tenso
         handle.remove()
 
 
-def _submodule(denoise: Denoise, name: str) -> nn.Module:
+def _submodule(denoise: Callable[..., Any], name: str) -> nn.Module:
     if not isinstance(denoise, nn.Module):
         raise EdadmError(f"cannot read the feature {name} of a {type(denoise).__name__}: pass the network's nn.Module")
     modules = dict(denoise.named_modules())

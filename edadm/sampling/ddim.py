@@ -6,28 +6,17 @@ still come from its scheduler (`edadm.sampling.schedule`). Source: DDIM eqs. 12 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from edadm.errors import Diverged, EdadmError
+from edadm.errors import EdadmError
+from edadm.sampling.interface import DiffusionSampler, NoiseForStep, Step
 from edadm.sampling.schedule import alphas_cumprod, timesteps
-
-Denoise = Callable[[Tensor, Tensor], Any]
-"""Network call: x (B, C, H, W) and int64 timesteps (B,) to the noise, as a tensor or as a diffusers output."""
-
-Correct = Callable[[int, int, Tensor, Tensor], Tensor]
-"""Change of the predicted noise before the step: (k, t, x, eps) to eps."""
-
-Observe = Callable[[int, int, Tensor, Tensor], None]
-"""Look at call k: (k, t, x before the step, eps)."""
 
 
 @dataclass(frozen=True)
-class Sampler:
+class Sampler(DiffusionSampler):
     """DDIM: which timesteps are visited and how much noise is added back.
 
     spacing, steps: see `edadm.sampling.schedule.timesteps`. eta: 0 deterministic, 1 as much noise as DDPM.
@@ -84,43 +73,12 @@ class Sampler:
             out += sigma * z
         return out.add_(direction * eps)
 
-    @torch.no_grad()
-    def run(
-        self,
-        denoise: Denoise,
-        x: Tensor,
-        noise_for_step: Callable[[int], Tensor] | None = None,
-        observe: Observe | None = None,
-        correct: Correct | None = None,
-    ) -> Tensor:
-        """Turn noise x into images with one network call per timestep.
-
-        x: float32 (B, C, H, W). noise_for_step: k to standard normal noise of the shape of x, for eta > 0.
-        Returns float32 images, nominally in [-1, 1]. Raises Diverged when NaN or Inf appears, naming the step.
-        """
+    def update(self, noise_for_step: NoiseForStep | None) -> Step:
+        """Return the update of one run; see `edadm.sampling.interface.DiffusionSampler`."""
         pairs = self.pairs
-        for k, (t, t_next) in enumerate(pairs):
-            eps = unwrap(denoise(x, torch.full((len(x),), t, device=x.device))).float()
-            if correct is not None:
-                eps = correct(k, t, x, eps)
-            if observe is not None:
-                observe(k, t, x, eps)
+
+        def step(k: int, x: Tensor, eps: Tensor, variance: Tensor | None) -> Tensor:
             z = noise_for_step(k) if noise_for_step is not None and self.eta > 0 else None
-            x = self.step(x, eps, t, t_next, z)
-            _require_finite(x, k, t, len(pairs))
-        return x
+            return self.step(x, eps, *pairs[k], z)
 
-
-def unwrap(output: Any) -> Tensor:
-    """Return the tensor of a module's output: itself, or the first entry of a tuple or diffusers output."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _require_finite(x: Tensor, k: int, t: int, steps: int) -> None:
-    finite = torch.isfinite(x).flatten(1).all(dim=1)
-    if not finite.all():
-        raise Diverged(
-            f"NaN or Inf in {int((~finite).sum())} of {len(x)} samples after sampling step {k + 1} of {steps} "
-            f"(timestep {t}): the network's output is not finite there. Use more bits, smaller learning rates or "
-            "precision=fp32"
-        )
+        return step

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from baselines.ptq4dm import Normal
@@ -83,14 +86,70 @@ def test_take_pairs_steps_and_trajectories(trajectories):
     assert chosen.timestep.tolist() == [600, 600, 900] and chosen.step.tolist() == [3, 3, 0]
 
 
-@pytest.mark.parametrize("condition", [None, torch.rand(4, 5)])
-def test_a_saved_set_comes_back_with_its_metadata(rows, tmp_path, condition):
-    rows = CalibrationSet(rows.x, rows.timestep, rows.step, condition)
+@pytest.fixture
+def guided(rows) -> CalibrationSet:
+    """Rows of labels 0 to 3 with their token, and null label 9."""
+    condition = {"class_labels": torch.arange(4), "encoder_hidden_states": torch.arange(8.0).view(4, 1, 2)}
+    null = {"class_labels": torch.tensor([9]), "encoder_hidden_states": torch.full((1, 1, 2), -1.0)}
+    return CalibrationSet(rows.x, rows.timestep, rows.step, condition, null)
+
+
+def test_inputs_without_a_condition_are_the_rows(rows):
+    x, timestep, condition = rows.inputs()
+    assert x is rows.x and timestep is rows.timestep and condition == {}
+
+
+def test_guidance_gives_every_row_twice_in_a_row_with_the_null_condition_first(guided):
+    x, timestep, condition = guided.inputs()
+    assert len(guided) == 4 and len(x) == 8
+    assert torch.equal(x[::2], guided.x) and torch.equal(x[1::2], guided.x)
+    assert timestep.tolist() == [9, 9, 9, 9, 5, 5, 0, 0]
+    assert condition["class_labels"].tolist() == [9, 0, 9, 1, 9, 2, 9, 3]
+    assert condition["encoder_hidden_states"][:, 0, 1].tolist() == [-1, 1, -1, 3, -1, 5, -1, 7]
+
+
+def test_a_condition_without_guidance_is_not_doubled(guided):
+    rows = CalibrationSet(guided.x, guided.timestep, guided.step, guided.condition)
+    x, _, condition = rows.inputs()
+    assert x is guided.x and condition["class_labels"].tolist() == [0, 1, 2, 3]
+
+
+def test_take_gives_every_row_the_condition_of_its_trajectory(trajectories):
+    condition, null = {"class_labels": torch.arange(24) + 100}, {"class_labels": torch.tensor([9])}
+    labelled = dataclasses.replace(trajectories, condition=condition, null=null)
+    chosen = take(labelled, np.array([3, 3, 0]), np.array([5, 6, 5]))
+    assert chosen.condition["class_labels"].tolist() == [105, 106, 105] and chosen.null == null
+    for part in PARTS:
+        chosen, _ = part.select(labelled, 24, numpy_rng(SELECTION, 0))
+        assert torch.equal(chosen.condition["class_labels"], chosen.x[:, 1].flatten().long() + 100)
+
+
+def test_fractional_times_are_kept(rows, tmp_path):
+    times = torch.tensor([949.05, 899.1, 0.5, 0.0], dtype=torch.float64)
+    rows = CalibrationSet(rows.x, times, rows.step)
+    loaded, _ = CalibrationSet.load(rows.save(tmp_path / "rows.safetensors", {}))
+    assert loaded.timestep.dtype == torch.float64 and torch.equal(loaded.timestep, times)
+
+
+def test_a_saved_guided_set_comes_back(guided, tmp_path):
+    loaded, _ = CalibrationSet.load(guided.save(tmp_path / "rows.safetensors", {}))
+    for ours, theirs in ((loaded.condition, guided.condition), (loaded.null, guided.null)):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_null_condition_of_another_form_is_an_error(guided):
+    with pytest.raises(EdadmError, match="they must agree"):
+        CalibrationSet(guided.x, guided.timestep, guided.step, None, guided.null)
+
+
+def test_a_saved_set_comes_back_with_its_metadata(rows, tmp_path):
     path = rows.save(tmp_path / "new" / "rows.safetensors", METADATA)
     loaded, metadata = CalibrationSet.load(path, min_rows=4, shape=(3, 2, 2))
     assert metadata == {name: str(value) for name, value in METADATA.items()}
     assert all(torch.equal(tensor, tensors_of(rows)[name]) for name, tensor in tensors_of(loaded).items())
-    assert loaded.condition is None if condition is None else torch.equal(loaded.condition, condition)
+    assert loaded.condition is None and loaded.null is None
+    with safe_open(path, "pt") as file:
+        assert sorted(file.keys()) == ["step", "timestep", "x"]
 
 
 def test_a_small_stored_set_is_an_error(rows, tmp_path):
@@ -118,10 +177,12 @@ def test_missing_and_unknown_tensors_are_named(rows, tmp_path):
         ("x", torch.zeros(4), r"x is float32 \(4,\)"),
         ("x", torch.zeros(0, 3, 2, 2), "x is float32"),
         ("x", torch.zeros(4, 3, 2, 2, dtype=torch.float64) / 0, "NaN or Inf"),
-        ("timestep", torch.zeros(3, dtype=torch.int64), r"timestep is int64 \(3,\), expected 4 integers"),
+        ("timestep", torch.zeros(3, dtype=torch.int64), r"timestep is int64 \(3,\), expected 4 numbers"),
+        ("timestep", torch.tensor([0, 1, 2, -1]), "timestep is int64"),
+        ("timestep", torch.tensor([0, 1, 2, float("nan")]), "timestep is float32"),
         ("step", torch.zeros(4), r"step is float32 \(4,\), expected 4 integers"),
         ("step", torch.tensor([0, 1, 2, -1]), "step is int64"),
-        ("condition", torch.zeros(3, 2), r"condition is float32 \(3, 2\), expected 4 rows"),
+        ("condition.text", torch.zeros(3, 2), r"condition text is float32 \(3, 2\), expected 4 rows"),
     ],
 )
 def test_misshaped_tensors_are_named_with_the_file(rows, tmp_path, name, wrong, message):

@@ -7,6 +7,9 @@ from torch import nn
 from edadm.calibration.trajectories import Trajectories, collect
 from edadm.errors import Diverged, EdadmError
 from edadm.sampling.ddim import Sampler
+from edadm.sampling.guidance import ClassConditions, Guidance
+from edadm.sampling.latent import PLMS
+from edadm.sampling.multistep import DPMSolver
 from edadm.sampling.noise import CALIBRATION, EVALUATION, noise
 
 SHAPE = (3, 4, 4)
@@ -124,3 +127,67 @@ def test_tensors_that_do_not_fit_are_errors():
         Trajectories(x, timesteps, torch.zeros(3, 5, 1))
     with pytest.raises(ValueError, match="0 trajectories"):
         collected(0)
+    with pytest.raises(EdadmError, match="2 rows of class_labels do not fit 3 trajectories"):
+        Trajectories(torch.zeros(2, 3, 1), timesteps[:2], condition={"class_labels": torch.zeros(2)})
+
+
+def test_a_step_of_two_calls_has_the_input_of_the_first_and_the_feature_of_the_last():
+    asked = []
+
+    class Watched(Network):
+        def forward(self, x, t):
+            asked.append((x, t))
+            return super().forward(x, t)
+
+    sampler = PLMS(steps=4)
+    made = collect(Watched(), sampler, 4, shape=SHAPE, seed=0, batch=4, feature_module="middle")
+    assert [int(t[0]) for _, t in asked] == [751, 501, 501, 251, 1] and made.timesteps.tolist() == [751, 501, 251, 1]
+    for step, (first, last) in enumerate([(0, 1), (2, 2), (3, 3), (4, 4)]):
+        assert torch.equal(made.x[step], asked[first][0])
+        assert torch.equal(made.features[step], Middle()(*asked[last])[0])
+
+
+def test_fractional_times_are_kept(tmp_path):
+    made = collect(Network(), DPMSolver(4), 2, shape=SHAPE, seed=0, batch=4)
+    assert made.timesteps.dtype == torch.float64 and made.timesteps.tolist() == DPMSolver(4).timesteps
+    assert torch.equal(Trajectories.load(made.save(tmp_path / "t.safetensors")).timesteps, made.timesteps)
+
+
+class Conditional(Network):
+    def forward(self, x, t, class_labels):
+        return super().forward(x, t + class_labels)
+
+
+def collected_guided(n, scale=3.0, **changes):
+    settings = {"shape": SHAPE, "seed": 0, "batch": 4, "feature_module": "middle"} | changes
+    return collect(Conditional(), SAMPLER, n, guidance=Guidance(ClassConditions(10, 10), scale), **settings)
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 6])
+def test_a_guided_trajectory_has_its_condition_and_two_features(n):
+    made, labels = collected_guided(n), ClassConditions(10).labels(CALIBRATION, 0, range(n))
+    assert torch.equal(made.condition["class_labels"], labels) and made.null["class_labels"].tolist() == [10]
+    assert made.x.shape == (3, n, *SHAPE) and made.features.shape == (3, 2 * n, 6, 4, 4)
+    for start in range(0, n, 4):  # null conditions first in every batch
+        rows = slice(start, min(start + 4, n))
+        x, seen = made.x[:, rows], made.features[:, 2 * rows.start : 2 * rows.stop].chunk(2, dim=1)
+        for k, t in enumerate(SAMPLER.timesteps):
+            assert torch.equal(seen[0][k], Middle()(x[k], torch.full((x.shape[1],), t + 10))[0])
+            assert torch.equal(seen[1][k], Middle()(x[k], t + labels[rows])[0])
+
+
+def test_a_guided_trajectory_does_not_depend_on_how_many_there_are():
+    assert torch.equal(collected_guided(3).x, collected_guided(8).x[:, :3])
+    assert not torch.equal(collected_guided(3).x, collected_guided(3, scale=1.0).x)
+
+
+def test_scale_one_has_a_condition_and_one_feature():
+    made = collected_guided(4, scale=1.0)
+    assert made.null is None and made.condition is not None and made.features.shape[1] == 4
+
+
+def test_guided_trajectories_come_back_from_a_file(tmp_path):
+    made = collected_guided(4, feature_batches=1)
+    loaded = Trajectories.load(made.save(tmp_path / "t.safetensors"))
+    assert torch.equal(loaded.features, made.features) and loaded.null.keys() == made.null.keys()
+    assert torch.equal(loaded.condition["class_labels"], made.condition["class_labels"])

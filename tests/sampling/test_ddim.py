@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from edadm.errors import Diverged, EdadmError
-from edadm.sampling.ddim import Sampler, unwrap
+from edadm.sampling.ddim import Sampler
+from edadm.sampling.interface import unwrap
 
 X = torch.linspace(-2, 2, 2 * 3 * 4 * 4).reshape(2, 3, 4, 4)
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from edadm.errors import Diverged, EdadmError
 from edadm.sampling.ddim import Sampler
-from edadm.sampling.generate import generate, to_uint8
+from edadm.sampling.generate import generate, to_uint8, truncated_to_uint8
+from edadm.sampling.guidance import ClassConditions, Guidance
 
 SHAPE = (3, 8, 8)
 CHUNK = 4
@@ -162,3 +163,52 @@ def test_rounding_equals_save_image(tmp_path):
     save_image((values + 1) / 2, tmp_path / "image.png")
     saved = np.asarray(Image.open(tmp_path / "image.png")).transpose(2, 0, 1)
     assert np.array_equal(saved, to_uint8(values).numpy())
+
+
+class Conditional(Network):
+    """Knows the label of each image, and the whole batch."""
+
+    def forward(self, x, t, class_labels):
+        return super().forward(x, t) + 0.01 * class_labels.view(-1, 1, 1, 1)
+
+
+@given(n=st.integers(1, 11), kept=st.sets(st.integers(0, 2)), scale=st.sampled_from([1.0, 3.0]))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_number_and_resuming_do_not_change_guided_images(tmp_path_factory, n, kept, scale):
+    folder, guidance = tmp_path_factory.mktemp("chunks"), Guidance(ClassConditions(10, 10), scale)
+    whole = images(Conditional(), 12, folder=folder, guidance=guidance)
+    for file in folder.iterdir():
+        if int(file.stem.split("-")[1]) not in kept:
+            file.unlink()
+    assert torch.equal(images(Conditional(), n, folder=folder, guidance=guidance), whole[:n])
+
+
+def test_the_condition_of_an_image_depends_on_its_number():
+    seen = []
+
+    class Watched(Conditional):
+        def forward(self, x, t, class_labels):
+            seen.append(class_labels.tolist())
+            return super().forward(x, t, class_labels)
+
+    conditions = ClassConditions(10, 10)
+    images(Watched(), 8, guidance=Guidance(conditions, 3.0))
+    labels = conditions.labels("evaluation", 1234, range(8)).tolist()
+    calls = len(SAMPLER.timesteps)
+    assert seen == [[10] * 4 + labels[:4]] * calls + [[10] * 4 + labels[4:]] * calls
+
+
+def test_samples_may_be_latents_of_another_shape(network, tmp_path):
+    def decode(z):
+        return truncated_to_uint8(torch.nn.functional.interpolate(z, scale_factor=2))
+
+    made = images(network, 6, to_images=decode, folder=tmp_path)
+    assert made.shape == (6, 3, 16, 16) and made.dtype == torch.uint8
+    assert torch.equal(images(Network(), 6, to_images=decode, folder=tmp_path), made)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_latent_diffusion_cuts_where_others_round():
+    values = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 2.0])
+    assert truncated_to_uint8(values).tolist() == [0, 0, 127, 254, 255, 255]
+    assert to_uint8(values).tolist() == [0, 0, 128, 255, 255, 255]

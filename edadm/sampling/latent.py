@@ -1,0 +1,120 @@
+"""DDIM and PLMS as latent diffusion and Stable Diffusion run them, on diffusers' update rules.
+
+Their timesteps start at 1 instead of 0 and the last update ends at the noise level of training step 0, not at a clean
+sample. diffusers takes the next timestep from an even spacing and makes exactly the number of steps asked for, which
+fits neither "quad" nor numbers of steps that do not divide the training's. Its schedulers therefore get the visited
+timesteps as their whole training schedule, and count in positions of it; the network gets the timesteps themselves.
+Source: golden README, ldm, 5.3 to 5.7.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from edadm.errors import EdadmError
+from edadm.sampling.interface import DiffusionSampler, NoiseForStep, Step, drawn
+from edadm.sampling.schedule import exact_alphas_cumprod, leading_timesteps
+
+
+@dataclass(frozen=True)
+class LatentDDIM(DiffusionSampler):
+    """DDIM with leading timesteps.
+
+    spacing, steps: see `edadm.sampling.schedule.leading_timesteps`. eta: 0 deterministic, 1 as much noise as DDPM;
+    noise is added in the last step too. The default schedule is that of LDM-4.
+    """
+
+    spacing: str = "uniform"
+    steps: int = 20
+    eta: float = 0.0
+    beta_schedule: str = "scaled_linear"
+    beta_start: float = 0.0015
+    beta_end: float = 0.0195
+    train_steps: int = 1000
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise EdadmError(f"eta is {self.eta}: choose 0 (deterministic) to 1 (as much noise as DDPM)")
+        leading_timesteps(self.spacing, self.steps, self.train_steps)
+
+    @property
+    def timesteps(self) -> list[int]:
+        """The timestep of each network call, in the order of the calls."""
+        return leading_timesteps(self.spacing, self.steps, self.train_steps)
+
+    def update(self, noise_for_step: NoiseForStep | None) -> Step:
+        """Return the update of one run; see `edadm.sampling.interface.DiffusionSampler`."""
+        from diffusers import DDIMScheduler
+
+        visited = self.timesteps
+        scheduler: Any = DDIMScheduler(len(visited), clip_sample=False)
+        _narrow(scheduler, self, visited)
+
+        def step(k: int, x: Tensor, eps: Tensor, variance: Tensor | None) -> Tensor:
+            z = drawn(noise_for_step, k, self.eta).to(x.dtype) if self.eta > 0 else None
+            return scheduler.step(eps, len(visited) - 1 - k, x, eta=self.eta, variance_noise=z).prev_sample
+
+        return step
+
+
+@dataclass(frozen=True)
+class PLMS(DiffusionSampler):
+    """Pseudo linear multistep sampling: Adams-Bashforth of order 4 on the predicted noise.
+
+    The first step calls the network twice (at its own timestep, and at the next one on a trial update) and averages;
+    orders 2 and 3 follow. A run of n steps makes n + 1 calls. Deterministic. Parameters as of `LatentDDIM`.
+    """
+
+    spacing: str = "uniform"
+    steps: int = 20
+    beta_schedule: str = "scaled_linear"
+    beta_start: float = 0.0015
+    beta_end: float = 0.0195
+    train_steps: int = 1000
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        leading_timesteps(self.spacing, self.steps, self.train_steps)
+
+    @property
+    def timesteps(self) -> list[int]:
+        """The timestep of each network call: those of the steps, the second twice."""
+        visited = leading_timesteps(self.spacing, self.steps, self.train_steps)
+        return [visited[0], visited[min(1, len(visited) - 1)], *visited[1:]]
+
+    @property
+    def step_of_call(self) -> list[int]:
+        """The step of each network call: the first step has two."""
+        return [0, *range(len(self.timesteps) - 1)]
+
+    def update(self, noise_for_step: NoiseForStep | None) -> Step:
+        """Return the update of one run; see `edadm.sampling.interface.DiffusionSampler`."""
+        from diffusers import PNDMScheduler
+
+        visited = leading_timesteps(self.spacing, self.steps, self.train_steps)
+        scheduler: Any = PNDMScheduler(len(visited), skip_prk_steps=True)
+        _narrow(scheduler, self, visited)
+        last = len(visited) - 1
+        positions = [last, last - 1, *range(last - 1, -1, -1)]
+
+        def step(k: int, x: Tensor, eps: Tensor, variance: Tensor | None) -> Tensor:
+            return scheduler.step(eps, positions[k], x).prev_sample
+
+        return step
+
+
+def _narrow(scheduler: Any, sampler: LatentDDIM | PLMS, visited: list[int]) -> None:
+    """Let a scheduler of as many training steps as visited timesteps step through these, ending at training step 0.
+
+    The products are those of the checkpoint's float32 buffer; coefficients are computed from them in float64.
+    """
+    signal = exact_alphas_cumprod(
+        sampler.beta_schedule, sampler.beta_start, sampler.beta_end, sampler.train_steps
+    ).float()
+    scheduler.alphas_cumprod = signal[visited[::-1]].double()
+    scheduler.final_alpha_cumprod = signal[0].double()
+    scheduler.set_timesteps(len(visited))

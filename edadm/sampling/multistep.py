@@ -1,0 +1,156 @@
+"""DPM-Solver, DPM-Solver++ and UniPC: multistep solvers of the probability flow, on diffusers' schedulers.
+
+All three predict the clean sample (the "++" form). Deterministic, one network call a step, whole-batch coefficients in
+float32, since these schedulers cast to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edadm.errors import EdadmError
+from edadm.sampling.interface import DiffusionSampler, NoiseForStep, Step
+from edadm.sampling.schedule import exact_alphas_cumprod, exact_betas
+
+
+@dataclass(frozen=True)
+class DPMSolver(DiffusionSampler):
+    """The solver behind latent diffusion's DPM-Solver switch: order 2, midpoint form, evenly spaced continuous times.
+
+    The network gets fractional times (20 steps: 999, 949.05, 899.1, ...) and the run ends at the noise level of
+    training step 0. The very last step is of order 1 when there are fewer than 15.
+    Source: golden README, ldm, 5.5 and 5.8.
+    """
+
+    steps: int = 20
+    beta_schedule: str = "scaled_linear"
+    beta_start: float = 0.0015
+    beta_end: float = 0.0195
+    train_steps: int = 1000
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.steps, self.train_steps)
+
+    @cached_property
+    def _grid(self) -> Tensor:
+        """The times between the steps, float32 (steps + 1,), in the original's order of operations."""
+        return (torch.linspace(1.0, 1 / self.train_steps, self.steps + 1) - 1 / self.train_steps) * self.train_steps
+
+    @property
+    def timesteps(self) -> list[float]:
+        """The time of each network call, float32 values."""
+        return self._grid[:-1].tolist()
+
+    def update(self, noise_for_step: NoiseForStep | None) -> Step:
+        """Return the update of one run; see `edadm.sampling.interface.DiffusionSampler`."""
+        from diffusers import DPMSolverMultistepScheduler
+
+        scheduler: Any = DPMSolverMultistepScheduler(self.train_steps, final_sigmas_type="sigma_min")
+        scheduler.set_timesteps(self.steps)
+        scheduler.timesteps, scheduler.sigmas = self._grid[:-1], self._sigmas()
+        return _update(scheduler)
+
+    def _sigmas(self) -> Tensor:
+        """The ratios of noise to signal between the steps, float32 (steps + 1,); log alpha is piecewise linear in t."""
+        signal = exact_alphas_cumprod(self.beta_schedule, self.beta_start, self.beta_end, self.train_steps).float()
+        log_alpha = np.interp(self._grid.double(), np.arange(self.train_steps), 0.5 * signal.double().log())
+        return torch.from_numpy(np.sqrt(np.expm1(-2 * log_alpha))).float()
+
+
+@dataclass(frozen=True)
+class DPMSolverPP(DiffusionSampler):
+    """DPM-Solver++ (Lu et al. 2022) as diffusers runs it: whole times, and a last step to a clean sample.
+
+    order: 1 to 3; the authors use 2 for guided and 3 for unconditional sampling.
+    """
+
+    steps: int = 20
+    order: int = 2
+    beta_schedule: str = "scaled_linear"
+    beta_start: float = 0.0015
+    beta_end: float = 0.0195
+    train_steps: int = 1000
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.steps, self.train_steps, self.order)
+
+    @property
+    def timesteps(self) -> list[int]:
+        """The timestep of each network call, in the order of the calls."""
+        return _whole_times(self.steps, self.train_steps)
+
+    def update(self, noise_for_step: NoiseForStep | None) -> Step:
+        """Return the update of one run; see `edadm.sampling.interface.DiffusionSampler`."""
+        from diffusers import DPMSolverMultistepScheduler
+
+        betas = _betas(self)
+        scheduler: Any = DPMSolverMultistepScheduler(self.train_steps, trained_betas=betas, solver_order=self.order)
+        scheduler.set_timesteps(self.steps)
+        return _update(scheduler)
+
+
+@dataclass(frozen=True)
+class UniPC(DiffusionSampler):
+    """UniPC (Zhao et al. 2023) as diffusers runs it: every network call also corrects the step before it.
+
+    The corrector changes x after the call, so the samples that are seen are the predictor's. order: 1 to 3; the
+    authors use 2 for guided and 3 for unconditional sampling.
+    """
+
+    steps: int = 20
+    order: int = 2
+    beta_schedule: str = "scaled_linear"
+    beta_start: float = 0.0015
+    beta_end: float = 0.0195
+    train_steps: int = 1000
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.steps, self.train_steps, self.order)
+
+    @property
+    def timesteps(self) -> list[int]:
+        """The timestep of each network call, in the order of the calls."""
+        return _whole_times(self.steps, self.train_steps)
+
+    def update(self, noise_for_step: NoiseForStep | None) -> Step:
+        """Return the update of one run; see `edadm.sampling.interface.DiffusionSampler`."""
+        from diffusers import UniPCMultistepScheduler
+
+        betas = _betas(self)
+        scheduler: Any = UniPCMultistepScheduler(self.train_steps, trained_betas=betas, solver_order=self.order)
+        scheduler.set_timesteps(self.steps)
+        return _update(scheduler)
+
+
+def _update(scheduler: Any) -> Step:
+    scheduler.set_begin_index(0)
+
+    def step(k: int, x: Tensor, eps: Tensor, variance: Tensor | None) -> Tensor:
+        return scheduler.step(eps, scheduler.timesteps[k], x).prev_sample
+
+    return step
+
+
+def _whole_times(steps: int, train_steps: int) -> list[int]:
+    """Return evenly spaced timesteps from the noisiest one, without the 0 that the last step goes beyond."""
+    return np.linspace(0, train_steps - 1, steps + 1).round().astype(int).tolist()[:0:-1]
+
+
+def _betas(sampler: DPMSolverPP | UniPC) -> np.ndarray:
+    return exact_betas(sampler.beta_schedule, sampler.beta_start, sampler.beta_end, sampler.train_steps).numpy()
+
+
+def _check(steps: int, train_steps: int, order: int = 2) -> None:
+    if not 1 <= steps < train_steps:
+        raise EdadmError(f"cannot sample in {steps} steps: choose 1 to {train_steps - 1}, fewer than the training's")
+    if order not in (1, 2, 3):
+        raise EdadmError(f"there is no multistep solver of order {order} here: choose 1, 2 or 3")
