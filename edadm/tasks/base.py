@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from edadm.sampling.guidance import Conditions
+
 
 @dataclass(frozen=True)
 class Task:
@@ -21,6 +23,9 @@ class Task:
 
     weights: the folder of the denoiser. load: reads that folder into a float32 module.
     expected_band: metric -> (lowest, highest) value of the full-precision model in the profile ``reference``.
+    prediction_type: as diffusers' schedulers name it. learned_variance: the output holds the variance beside the noise.
+    conditions: makes what the images are of, at no cost until rows are asked for; None for an unconditional model.
+    guided_channels: see `edadm.sampling.guidance.Guidance`.
     """
 
     name: str
@@ -28,6 +33,10 @@ class Task:
     sample_shape: tuple[int, int, int]
     load: Callable[[Path], nn.Module]
     expected_band: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    prediction_type: str = "epsilon"
+    learned_variance: bool = False
+    conditions: Callable[[], Conditions] | None = None
+    guided_channels: int | None = None
 
     def denoiser(self, device: str = "cpu") -> nn.Module:
         """Return the denoiser in float32 and evaluation mode, a new one at each call."""
@@ -41,11 +50,11 @@ class Task:
         return content_hash({path.name: file_sha256(path) for path in files})
 
 
-def noise_prediction(network: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return the function (x, timestep) -> eps of an unconditional diffusers denoiser, or of one that is wrapped."""
+def noise_prediction(network: nn.Module) -> Callable[..., torch.Tensor]:
+    """Return the function (x, timestep, condition by name) -> output of a diffusers denoiser, wrapped or not."""
 
-    def denoise(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return network(x, timestep, return_dict=False)[0]
+    def denoise(x: torch.Tensor, timestep: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
+        return network(x, timestep=timestep, **condition, return_dict=False)[0]
 
     return denoise
 

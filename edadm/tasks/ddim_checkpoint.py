@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from edadm.errors import EdadmError
+from edadm.tasks.architecture import DDIM, require
+from edadm.tasks.checkpoint_file import read_file, state_dict
+from edadm.tasks.conversion import refuse
 
 _PARTS = {
     "temb_proj": "time_emb_proj",
@@ -73,14 +76,12 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str)
     expected = model.state_dict()
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
-    for key in expected.keys() & state.keys():
+    for key in sorted(expected.keys() & state.keys()):
         if expected[key].shape != state[key].shape:
             problems.append(f"{key} has shape {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}")
         elif state[key].is_floating_point() and not torch.isfinite(state[key]).all():
             problems.append(f"{key} has NaN or Inf")
-    if problems:
-        shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise EdadmError(f"{source} does not fit {type(model).__name__}: {shown}")
+    refuse(problems, f"{source} does not fit {type(model).__name__}")
     model.load_state_dict({key: tensor.float() for key, tensor in state.items()})
     return model
 
@@ -90,15 +91,8 @@ def load_checkpoint(model: Any, path: str | Path) -> nn.Module:
 
     A training checkpoint (a list whose last item is the EMA shadow) yields its EMA weights.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise EdadmError(f"no checkpoint at {path}: give the file of the original DDIM CIFAR-10 EMA weights")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        state = loaded[-1] if isinstance(loaded, list | tuple) else loaded
+    loaded = read_file(path)
+    state = state_dict(loaded[-1] if isinstance(loaded, list | tuple) else loaded, str(path))
     state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    require(DDIM, state, str(path))
     return load_state(model, convert(state, len(model.config.block_out_channels)), str(path))

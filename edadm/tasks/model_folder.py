@@ -1,0 +1,96 @@
+"""Diffusers modules whose config cannot say everything: built, saved and read with what is missing.
+
+Two original networks differ from every configuration of their diffusers class. The difference is kept as a field of
+our own in ``config.json``, which stock diffusers reports as ignored and `load_model` applies.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edadm.errors import EdadmError
+from edadm.tasks.checkpoint_file import read_file
+from edadm.tasks.conversion import Source, convert, fill
+
+CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "VQModel", "AutoencoderKL")
+ATTENTION_HEADS = "edadm_attention_heads"
+DOWNSCALE_FREQ_SHIFT = "edadm_downscale_freq_shift"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def empty_model(class_name: str, config: Mapping[str, Any]) -> nn.Module:
+    """Return a diffusers module on the meta device, its parameters without storage.
+
+    config: of diffusers, with ``ATTENTION_HEADS`` or ``DOWNSCALE_FREQ_SHIFT`` where the network needs them.
+    Raises EdadmError for a class that is not in CLASSES or a config it does not take.
+    """
+    import diffusers
+    from diffusers.models.embeddings import PatchEmbed
+
+    if class_name not in CLASSES:
+        raise EdadmError(f"cannot build a {class_name}: choose one of {', '.join(CLASSES)}")
+    own = {field: config[field] for field in _PATCHES if config.get(field) is not None}
+    stock = {field: value for field, value in config.items() if field not in _PATCHES}
+    try:
+        with torch.device("meta"):
+            model: Any = getattr(diffusers, class_name).from_config(stock)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise EdadmError(f"{class_name} does not take this config: {error}") from error
+    if class_name == "DiTTransformer2DModel":  # its table of positions is computed, not saved
+        size, patch = model.config.sample_size, model.config.patch_size
+        model.pos_embed = PatchEmbed(size, size, patch, model.config.in_channels, model.inner_dim)
+    for field, value in own.items():
+        _PATCHES[field](model, value)
+    model.register_to_config(**own)
+    return model
+
+
+def load_model(folder: str | Path) -> nn.Module:
+    """Read a folder of ``save_pretrained`` (safetensors) in float32 and evaluation mode, our config fields applied.
+
+    Raises EdadmError when a file is missing or broken, and naming missing, extra and mis-shaped keys.
+    """
+    folder = Path(folder)
+    config_file, weights = folder / "config.json", folder / _WEIGHTS
+    for file in (config_file, weights):
+        if not file.is_file():
+            raise EdadmError(f"{file} is missing: give a folder saved by save_pretrained with safetensors")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EdadmError(f"{config_file} is no JSON: {error}") from error
+    model = empty_model(str(config.get("_class_name")), config)
+    return fill(model, convert(read_file(weights), Source, model, str(weights)), str(weights))
+
+
+def _set_attention_heads(model: nn.Module, heads: int) -> None:
+    """Give every attention the same number of heads; the class has one head width only (golden README, ldm, 4.4.2)."""
+    from diffusers.models.attention_processor import Attention
+
+    for name, module in model.named_modules():
+        if isinstance(module, Attention):
+            if module.to_q.out_features % heads:
+                raise EdadmError(f"{name} has {module.to_q.out_features} channels, not divisible by {heads} heads")
+            module.heads = heads
+            module.scale = (module.to_q.out_features / heads) ** -0.5
+
+
+def _set_downscale_freq_shift(model: nn.Module, shift: float) -> None:
+    """Set the divisor of the time frequencies, half their width minus shift (golden README, ldm, 4.8.1)."""
+    from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
+
+    for module in model.modules():
+        if isinstance(module, CombinedTimestepLabelEmbeddings):
+            module.time_proj.downscale_freq_shift = shift
+
+
+_PATCHES: dict[str, Callable[[nn.Module, Any], None]] = {
+    ATTENTION_HEADS: _set_attention_heads,
+    DOWNSCALE_FREQ_SHIFT: _set_downscale_freq_shift,
+}
