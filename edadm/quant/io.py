@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from edadm.errors import EdadmError
 from edadm.quant.network import Bits, QuantModel, SitePlan
@@ -17,6 +18,8 @@ from edadm.quant.quantizer import is_float
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "quantized.safetensors", "quantized.json"
+# What converters of original checkpoints set on modules, where no configuration has room for it (golden/ldm README).
+PATCHED = ("heads", "scale", "downscale_freq_shift")
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +28,18 @@ def save(network: QuantModel, folder: str | Path, **facts: Any) -> Path:
     """Write ``quantized.safetensors`` (codes, scales, zero points, float parts) and ``quantized.json`` into folder.
 
     facts: anything JSON can hold that the description should carry (task, method, hash of the run).
+    Raises EdadmError for a network in another precision than float32, whose codes would not be exact.
     """
     from safetensors.torch import save_file
 
+    for layer in network.layers.values():
+        if layer.weight.dtype != torch.float32:
+            raise EdadmError(f"{layer.name} is in {layer.weight.dtype}: save the network in float32, then convert it")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous() for key, value in _tensors(network).items()}, folder / WEIGHTS)
     config = {key: value for key, value in dict(cast(Mapping, network.model.config)).items() if not key.startswith("_")}
+    patches = _patches(network.model, config)
     description = {
         "format": FORMAT,
         "note": "fake-quantized: the codes are integers, every operation runs in floating point",
@@ -43,6 +51,7 @@ def save(network: QuantModel, folder: str | Path, **facts: Any) -> Path:
             "split": network.plan.split,
             "matmuls": network.plan.matmuls,
         },
+        **({"patches": patches} if patches else {}),
         **facts,
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True, default=list) + "\n")
@@ -68,6 +77,9 @@ def load(folder: str | Path) -> QuantModel:
     if description.get("format") != FORMAT:
         raise EdadmError(f"{folder} has format {description.get('format')}, this version reads {FORMAT}: save it again")
     model = getattr(diffusers, description["model_class"]).from_config(description["model_config"])
+    for path, value in description.get("patches", {}).items():
+        name, _, attribute = path.rpartition(".")
+        setattr(model.get_submodule(name), attribute, value)
     plan = description["plan"]
     network = QuantModel.wrap(
         model, Bits(**description["bits"]), SitePlan(plan["edge"], plan["split"], plan["matmuls"])
@@ -82,10 +94,27 @@ def _quantized_layers(network: QuantModel):
     return [layer for layer in network.layers.values() if not is_float(layer.bits.weight)]
 
 
+def _patches(model: nn.Module, config: Mapping[str, Any]) -> dict[str, int | float]:
+    """Return, as ``module.attribute``, the attributes of PATCHED that differ from those the configuration gives."""
+    import diffusers
+
+    with torch.device("meta"):
+        plain = getattr(diffusers, type(model).__name__).from_config(config)
+    attributes = [(name, module, attribute) for name, module in plain.named_modules() for attribute in PATCHED]
+    return {
+        f"{name}.{attribute}": getattr(model.get_submodule(name), attribute)
+        for name, module, attribute in attributes
+        if hasattr(module, attribute) and getattr(model.get_submodule(name), attribute) != getattr(module, attribute)
+    }
+
+
 def _float_tensors(network: QuantModel) -> dict[str, torch.Tensor]:
-    """Return what is stored in floating point: all but quantizers and the weights that are stored as codes."""
+    """Return what is stored in floating point: all but quantizers and the weights that are stored as codes.
+
+    Buffers that diffusers computes anew (positions) are among them, since a converter may have replaced them.
+    """
     codes_of = {f"{layer.name}.weight" for layer in _quantized_layers(network)}
-    state = network.model.state_dict()
+    state = network.model.state_dict() | dict(network.model.named_buffers())
     kept = (key for key in state if key not in codes_of and "quantizer" not in key and ".matmul." not in key)
     return {f"float.{key}": state[key] for key in kept}
 
@@ -111,6 +140,9 @@ def _install(network: QuantModel, tensors: dict[str, torch.Tensor], source: str)
         raise EdadmError(f"{source} does not fit its own description, differing keys: {', '.join(wrong[:6])}")
     state = {key.removeprefix("float."): value for key, value in tensors.items() if key.startswith("float.")}
     network.model.load_state_dict(state, strict=False)
+    for key, buffer in network.model.named_buffers():
+        if key in state:
+            buffer.copy_(state[key])
     for layer in _quantized_layers(network):
         for quantizer in layer.weight_quantizers:
             quantizer.set(tensors[f"{quantizer.name}.scale"], tensors[f"{quantizer.name}.zero_point"])

@@ -14,7 +14,8 @@ from edadm.errors import EdadmError
 from edadm.quant.quantizer import ActivationQuantizer, WeightQuantizer, is_float
 from edadm.quant.rounding import init_alpha, soft_weight
 
-CACHED_LOGITS = 2**18  # attention logits that stay in the cache of a CPU core while a few rows are attended
+# Attention logits that are computed at a time: so many stay in the cache of a CPU core, or are 1 GiB on a GPU.
+LOGITS_AT_A_TIME = {"cpu": 2**18, "cuda": 2**28}
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,11 @@ class QuantLayer(nn.Module):
 
 
 def _operation(source: nn.Module, name: str) -> Callable[..., torch.Tensor]:
+    if source.weight.dtype not in (torch.float32, torch.float64):
+        raise EdadmError(
+            f"{name} has weights of type {source.weight.dtype}, but ranges are set in float32: load the network in "
+            "float32 (and sample with it under autocast)"
+        )
     if isinstance(source, nn.Linear):
         return F.linear
     if not isinstance(source, nn.Conv1d | nn.Conv2d) or source.padding_mode != "zeros":
@@ -175,9 +181,9 @@ class AttentionMatmul(nn.Module):
     The logits are scaled after the product of the quantized q and k, as the DDIM and transformer blocks do.
     """
 
-    def __init__(self, name: str, act_bits: int, softmax_bits: int):
+    def __init__(self, name: str, role: str, act_bits: int, softmax_bits: int):
         super().__init__()
-        self.name = name
+        self.name, self.role = name, role
         self.q, self.k, self.v = (ActivationQuantizer(act_bits, f"{name}.{letter}") for letter in "qkv")
         self.w = ActivationQuantizer(softmax_bits, f"{name}.w")
 
@@ -187,51 +193,24 @@ class AttentionMatmul(nn.Module):
         return self.q, self.k, self.v, self.w
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None):
-        """q (B, heads, N, d), k and v (B, heads, M, d), mask added to the logits; returns (B, heads, N, d)."""
+        """q (B, heads, N, d), k and v (B, heads, M, d); mask: bool (True attends) or added to the logits.
+
+        Returns (B, heads, N, d).
+        """
         if not any(quantizer.enabled for quantizer in self.quantizers):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
         q, k, v = self.q(q), self.k(k).transpose(-1, -2), self.v(v)
-        if mask is not None or torch.is_grad_enabled() or self.w.observe is not None or self.w.drop is not None:
+        if torch.is_grad_enabled() or self.w.observe is not None or self.w.drop is not None:
             return self._attend(q, k, v, mask)
-        rows = max(1, CACHED_LOGITS // (q.shape[1] * q.shape[2] * k.shape[3])) if q.device.type == "cpu" else len(q)
-        parts = zip(q.split(rows), k.split(rows), v.split(rows), strict=True)
-        return torch.cat([self._attend(*part) for part in parts])
+        limit = LOGITS_AT_A_TIME.get(q.device.type)
+        rows = len(q) if limit is None else max(1, limit // (q.shape[1] * q.shape[2] * k.shape[3]))
+        parts = [part.split(rows) for part in (q, k, v)]
+        masks = [None] * len(parts[0]) if mask is None else mask.expand(len(q), *mask.shape[1:]).split(rows)
+        return torch.cat([self._attend(*part) for part in zip(*parts, masks, strict=True)])
 
-    def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Attend with quantized q and v, and with quantized k as (B, heads, d, M)."""
         logits = q @ k * q.shape[-1] ** -0.5
         return self.w((logits if mask is None else logits + mask).softmax(-1)) @ v
-
-
-class QuantAttention:
-    """A diffusers attention processor that sends the products through the block's ``AttentionMatmul``."""
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
-        tokens = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x  # (B, N, C)
-        if attn.group_norm is not None:
-            tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
-        context = tokens if encoder_hidden_states is None else encoder_hidden_states
-        if encoder_hidden_states is not None and attn.norm_cross:
-            context = attn.norm_encoder_hidden_states(context)
-        q, k, v = (
-            linear(source).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
-            for linear, source in ((attn.to_q, tokens), (attn.to_k, context), (attn.to_v, context))
-        )
-        if attn.norm_q is not None:
-            q = attn.norm_q(q)
-        if attn.norm_k is not None:
-            k = attn.norm_k(k)
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(tokens))
-            attention_mask = attention_mask.view(len(tokens), attn.heads, -1, attention_mask.shape[-1])
-        out = attn.matmul(q, k, v, attention_mask).transpose(1, 2).flatten(2)  # (B, N, C)
-        for layer in attn.to_out:
-            out = layer(out)
-        if hidden_states.ndim == 4:
-            out = out.transpose(1, 2).reshape(hidden_states.shape)
-        if attn.residual_connection:
-            out = out + hidden_states
-        return out / attn.rescale_output_factor

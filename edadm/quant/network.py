@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from edadm.errors import EdadmError
+from edadm.quant.attention import attention_modules, check_processor, quantize_products
 from edadm.quant.families import family_of
-from edadm.quant.layers import AttentionMatmul, LayerBits, QuantAttention, QuantLayer
+from edadm.quant.layers import AttentionMatmul, LayerBits, QuantLayer
 from edadm.quant.quantizer import ActivationQuantizer, is_float
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
-SUPPORTED_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
+QUANTIZABLE = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Unit:
     """A part of the network that is reconstructed as a whole.
 
     kind: "block" (several layers), "layer" (one layer) or "matmul" (the products of an attention).
-    layers: in registration order. end: name of the layer that ends the main path of a block.
+    layers: in registration order. end: name of the layer that ends the main path of a block. last: name of the one that
+    the original code registers last. tokens: whether axis 1 of a 3-d tensor is tokens in the original code.
     """
 
     name: str
@@ -77,6 +79,8 @@ class Unit:
     layers: tuple[QuantLayer, ...]
     matmuls: tuple[AttentionMatmul, ...]
     end: str | None
+    last: str | None
+    tokens: bool
 
     @property
     def activation_quantizers(self) -> list[ActivationQuantizer]:
@@ -98,49 +102,56 @@ class QuantModel(nn.Module):
 
     @classmethod
     def wrap(cls, model: nn.Module, bits: Bits, plan: SitePlan | None = None) -> QuantModel:
-        """Replace the layers of ``model`` in place. Raises EdadmError naming a module that has no role."""
+        """Replace the layers of ``model`` in place.
+
+        Raises EdadmError naming a module that has no role, an attention whose products are hidden, or a layer that
+        would stay in floating point.
+        """
         quant_model = cls(model.eval().requires_grad_(False), bits, plan or SitePlan())
+        quant_model._check_forward()
         quant_model._replace_layers()
-        quant_model._replace_attention()
+        quant_model._replace_products()
         quant_model.units("block")
         return quant_model
 
     def forward(self, *args, **kwargs):
         return self.model(*args, **kwargs)
 
+    def _check_forward(self) -> None:
+        for name, module in attention_modules(self.model):
+            check_processor(name, module)
+        for name, module in self.model.named_modules():
+            if getattr(module, "_chunk_size", None) is not None:
+                raise EdadmError(f"{name} feeds forward in chunks: call disable_forward_chunking() first")
+
     def _replace_layers(self) -> None:
         splits = self.family.splits(self.model) if self.plan.split else {}
         for name, module in list(self.model.named_modules()):
-            if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d):
+            if not isinstance(module, QUANTIZABLE) or self.family.is_float(name):
                 continue
-            if self.family.is_float(name):
-                continue
-            role = self.family.layer_role(name)
-            if role is None:
-                raise EdadmError(
-                    f"no role for {name} ({type(module).__name__}): "
-                    f"add it to ROLES in {self.family.__name__.replace('.', '/')}.py"
-                )
+            role = self._role(name, module)
             layer = QuantLayer(module, name, role, self.plan.layer_bits(role, self.bits), splits.get(name))
             self.model.set_submodule(name, layer)
             self.layers[name] = layer
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            if isinstance(module, QUANTIZABLE) and not self.family.is_float(name):
+                raise EdadmError(f"{name} is the same module as another layer: give it a copy of its own")
 
-    def _replace_attention(self) -> None:
-        for name, module in list(self.model.named_modules()):
-            if not hasattr(module, "set_processor"):
-                continue
-            processor = type(module.processor).__name__
-            if processor not in SUPPORTED_PROCESSORS or getattr(module, "fused_projections", False):
-                raise EdadmError(
-                    f"{name} uses {processor}{' with fused projections' if processor in SUPPORTED_PROCESSORS else ''}, "
-                    "which hides the attention products from quantization: "
-                    "call set_default_attn_processor() or unfuse_qkv_projections() first"
-                )
-            if self.plan.matmuls:
-                softmax_bits = self.bits.softmax if not is_float(self.bits.act) else 32
-                module.matmul = AttentionMatmul(f"{name}.matmul", self.bits.act, softmax_bits)
-                module.set_processor(QuantAttention())
-                self.matmuls[f"{name}.matmul"] = module.matmul
+    def _replace_products(self) -> None:
+        if not self.plan.matmuls:
+            return
+        softmax_bits = self.bits.softmax if not is_float(self.bits.act) else 32
+        for name, module in attention_modules(self.model):
+            role = self._role(f"{name}.matmul", module)
+            matmul = AttentionMatmul(f"{name}.matmul", role, self.bits.act, softmax_bits)
+            quantize_products(name, module, matmul)
+            self.matmuls[matmul.name] = matmul
+
+    def _role(self, name: str, module: nn.Module) -> str:
+        role = self.family.layer_role(name)
+        if role is None:
+            raise EdadmError(f"no role for {name} ({type(module).__name__}): add it to the roles in {self.family.file}")
+        return role
 
     def units(self, granularity: str) -> list[Unit]:
         """Return the reconstruction units in execution order, "block" or "layer" sized."""
@@ -148,9 +159,7 @@ class QuantModel(nn.Module):
         covered = [layer.name for unit in blocks for layer in unit.layers]
         if sorted(covered) != sorted(self.layers):
             missing = sorted(set(self.layers) - set(covered)) or sorted({n for n in covered if covered.count(n) > 1})
-            raise EdadmError(
-                f"layers in no unit or in two: {', '.join(missing)}; see units() of {self.family.__name__}"
-            )
+            raise EdadmError(f"layers in no unit or in two: {', '.join(missing)}; see units() of {self.family.file}")
         if granularity == "block":
             return blocks
         if granularity == "layer":
@@ -162,17 +171,16 @@ class QuantModel(nn.Module):
         matmuls = tuple(m for m in module.modules() if isinstance(m, AttentionMatmul))
         kinds = {QuantLayer: "layer", AttentionMatmul: "matmul"}
         kind = kinds.get(type(module), "block")
-        ends = [layer.name for layer in layers if layer.role in self.family.MAIN_PATH_END]
-        return Unit(name, kind, module, layers, matmuls, ends[-1] if kind == "block" and ends else None)
+        end = _named(layers, self.family.main_path_end) if kind == "block" else None
+        last = _named(layers, self.family.last_registered) or layers[-1].name if kind == "block" else None
+        return Unit(name, kind, module, layers, matmuls, end, last, self.family.has_tokens(name))
 
     def _split_unit(self, unit: Unit) -> list[Unit]:
         if unit.kind == "layer":
             return [unit]
-        parts = [self._unit(layer.name, layer) for layer in unit.layers]
-        if unit.matmuls:
-            out = next(i for i, layer in enumerate(unit.layers) if layer.role == "attention_out")
-            parts[out:out] = [self._unit(matmul.name, matmul) for matmul in unit.matmuls]
-        return parts
+        modules: dict[str, nn.Module] = {layer.name: layer for layer in unit.layers}
+        modules |= {matmul.name: matmul for matmul in unit.matmuls}
+        return [self._unit(name, modules[name]) for name in sorted(modules, key=self.family.position)]
 
     @property
     def activation_quantizers(self) -> list[ActivationQuantizer]:
@@ -193,13 +201,19 @@ class QuantModel(nn.Module):
         return [site for unit in self.units("block") for site in _unit_sites(unit)]
 
 
+def _named(layers: tuple[QuantLayer, ...], roles: tuple[str, ...]) -> str | None:
+    """Return the name of the last layer that has the first of the roles that any has."""
+    found = ([layer.name for layer in layers if layer.role == role] for role in roles)
+    return next((names[-1] for names in found if names), None)
+
+
 def _unit_sites(unit: Unit) -> list[Site]:
     sites = []
     for layer in unit.layers:
         sites += [Site(q.name, layer.role, "weight", q.bits, unit.name) for q in layer.weight_quantizers]
         sites += [Site(q.name, layer.role, "act", q.bits, unit.name) for q in layer.act_quantizers]
     for matmul in unit.matmuls:
-        sites += [Site(q.name, "attention", "matmul", q.bits, unit.name) for q in matmul.quantizers]
+        sites += [Site(q.name, matmul.role, "matmul", q.bits, unit.name) for q in matmul.quantizers]
     return sites
 
 

@@ -38,6 +38,16 @@ def extrema(rows: torch.Tensor, name: str) -> Qparams:
     return lo, hi
 
 
+def activation_extrema(x: torch.Tensor, name: str) -> Qparams:
+    """Return minimum and maximum of x, each (1,); a constant takes 0 in, or a range without width would erase it.
+
+    The softmax of a cross-attention over a single token is such a constant (LDM-4 ImageNet).
+    """
+    lo, hi = extrema(x.reshape(1, -1), name)
+    constant = lo == hi
+    return torch.where(constant, lo.clamp(max=0), lo), torch.where(constant, hi.clamp(min=0), hi)
+
+
 def _side(lo: torch.Tensor, hi: torch.Tensor) -> str:
     lowest, highest = torch.stack([lo.amin(), hi.amax()]).tolist()
     return "positive" if lowest >= 0 else "negative" if highest <= 0 else "both"
@@ -161,7 +171,8 @@ class MinMax:
     @torch.no_grad()
     def update(self, quantizer: ActivationQuantizer, x: torch.Tensor) -> None:
         """Set scale and zero point of the quantizer from the extrema of x alone."""
-        quantizer.set(*minmax_qparams(*extrema(x.reshape(1, -1), quantizer.name), quantizer.levels, self.always_zero))
+        lo, hi = activation_extrema(x, quantizer.name)
+        quantizer.set(*minmax_qparams(lo, hi, quantizer.levels, self.always_zero))
 
 
 @dataclass(frozen=True)
@@ -188,10 +199,10 @@ class QDiffusionMinMax:
         """Set the range of the quantizer from its first batch; move it with later ones if ``running``."""
         rows = x.reshape(1, -1)
         if quantizer.running is None:
-            lo, hi = quantizer.running = extrema(rows, quantizer.name)
+            lo, hi = quantizer.running = activation_extrema(x, quantizer.name)
             quantizer.set(*self._first(rows, lo, hi, quantizer.levels))
         elif self.running:
-            lo, hi = extrema(rows, quantizer.name)
+            lo, hi = activation_extrema(x, quantizer.name)
             keep, new = self.momentum, 1 - self.momentum
             lo, hi = quantizer.running = quantizer.running[0] * keep + lo * new, quantizer.running[1] * keep + hi * new
             rule = signed_qparams if self.symmetric else partial(affine_qparams, always_zero=self.always_zero)

@@ -22,6 +22,7 @@ from edadm.reconstruction.objective import (
     device_of,
     output_channels,
     tensor_loss,
+    unit_output,
 )
 from edadm.reconstruction.random import RandomSource
 from edadm.reconstruction.settings import Phase
@@ -105,8 +106,7 @@ def evaluate(unit: Unit, data: UnitData, phase: Phase) -> float:
     """Return the loss of the unit's output over the first rows in the unit's present state, with nothing dropped."""
     rows = slice(min(len(data.target), EVALUATION_ROWS))
     inputs = [tensor[rows].to(device_of(unit)) for tensor in (data.at_inference(), *data.companions)]
-    positional, named = data.call.bind(inputs)
-    output = unit.module(*positional, **named)
+    output = unit_output(unit, data.call, inputs)
     return tensor_loss(output, data.target[rows].to(output.device), output_channels(unit, output), phase.p).item()
 
 

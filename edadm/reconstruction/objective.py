@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from edadm.quant.layers import QuantLayer
 from edadm.quant.network import Unit
 from edadm.quant.rounding import beta_schedule, regulariser
-from edadm.reconstruction.passes import Arguments
+from edadm.reconstruction.passes import Arguments, one_tensor
 from edadm.reconstruction.random import INPUT_MIX, RandomSource
 from edadm.reconstruction.settings import Phase
 
@@ -25,7 +25,8 @@ class UnitData:
     """What a unit is optimised on: tensors with one entry per calibration row, and the form of a call.
 
     full, quantized: main input in the full-precision network and behind the quantized prefix, None where not needed.
-    companions: the other inputs (temb, context). target: output of the unit in the full-precision network.
+    companions: the other inputs (temb, context, mask, the second stream of a joint attention block).
+    target: output of the unit in the full-precision network, several streams of tokens one after the other.
     layer_targets: outputs of ``loss_layers`` in the same forward pass.
     """
 
@@ -75,25 +76,38 @@ def device_of(unit: Unit) -> torch.device:
 
 
 def output_channels(unit: Unit, output: torch.Tensor) -> int:
-    """Return the number of channels of a unit's output, (B, C, ...) or (B, N, C); of products (B, heads, N, d)."""
+    """Return the number of channels of a unit's output, (B, C, ...) or (B, N, C); of products (B, heads, N, d).
+
+    Where the original code has tokens in axis 1 too, their number: its losses are sums over axis 1 (methods.md 3.0).
+    """
     if unit.kind == "layer":
-        return len(unit.layers[0].weight)
+        return layer_channels(unit, unit.layers[0], output)
     if unit.kind == "matmul":
         return output.shape[1] * output.shape[3]
-    return output.shape[2] if output.ndim == 3 else output.shape[1]
+    return output.shape[2] if output.ndim == 3 and not unit.tokens else output.shape[1]
+
+
+def layer_channels(unit: Unit, layer: QuantLayer, output: torch.Tensor) -> int:
+    """Return the same for the output of a layer inside a unit."""
+    return output.shape[1] if output.ndim == 3 and unit.tokens else len(layer.weight)
+
+
+def unit_output(unit: Unit, call: Arguments, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the output of a unit in its present state, called in the form ``call`` with the tensors ``inputs``."""
+    positional, named = call.bind(inputs)
+    return one_tensor(unit.module(*positional, **named), unit.name)
 
 
 def loss_layers(unit: Unit, excluded_layer: str) -> tuple[QuantLayer, ...]:
     """Return the layers whose outputs enter the layer losses, in registration order; none unless the unit is a block.
 
-    excluded_layer: "registration" leaves out the last registered layer (official, golden README 9.4), "main_path" the
-    layer that ends the block's main path, whose output the loss of the block already covers.
+    excluded_layer: "registration" leaves out the layer that the original code registers last (official, golden README
+    9.4), "main_path" the layer that ends the block's main path, whose output the loss of the block already covers.
     """
     if unit.kind != "block":
         return ()
-    if excluded_layer == "registration":
-        return unit.layers[:-1]
-    return tuple(layer for layer in unit.layers if layer.name != unit.end)
+    left_out = unit.last if excluded_layer == "registration" else unit.end
+    return tuple(layer for layer in unit.layers if layer.name != left_out)
 
 
 class LayerTap:
@@ -173,7 +187,7 @@ class Objective:
         output, layer_outputs = self._run(inputs)
         unit_loss = self._loss(output, data.target, rows, output_channels(self.unit, output))
         layer_losses = tuple(
-            self._loss(output, target, rows, len(layer.weight))
+            self._loss(output, target, rows, layer_channels(self.unit, layer, output))
             for layer, output, target in zip(self.tap.layers, layer_outputs, data.layer_targets, strict=True)
         )
         rounding = self._rounding()
@@ -186,13 +200,12 @@ class Objective:
 
     def _run(self, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Return the output of the unit and of its tapped layers."""
-        positional, named = self.data.call.bind(inputs)
         self.pass_index, self.tap.listening = 0, not self.separate
-        output = self.unit.module(*positional, **named)
+        output = unit_output(self.unit, self.data.call, inputs)
         if self.separate:
             self.pass_index, self.tap.listening = 1, True
             with suppress(LayerTap.Recorded):
-                self.unit.module(*positional, **named)
+                unit_output(self.unit, self.data.call, inputs)
         return output, self.tap.take()
 
     def _main_input(self, rows: torch.Tensor) -> torch.Tensor:

@@ -42,11 +42,13 @@ def reconstruct(
     rows_per_pass: int = 32,
     storage: torch.device | None = None,
     limit: int | None = None,
+    names: Sequence[str] = (),
 ) -> list[UnitReport]:
     """Optimise rounding and activation scales of all units in execution order; return one report per unit and phase.
 
     network: with weight ranges set. rows: the calibration rows as the network takes them, each tensor (rows, ...): x,
-    timestep and, where there is one, condition. granularity: "layer", "block", or "fbr" (blocks with layer losses).
+    timestep and, where there is one, condition. names: of the last of them, those that the network takes by name.
+    granularity: "layer", "block", or "fbr" (blocks with layer losses).
     random: ``seeded(seed)`` or a replay. set_activation_ranges: called before the first phase that quantizes
     activations; without it their ranges must be set. rows_per_pass: rows in one forward pass of the network.
     storage: device of cached inputs and targets, by default the network's. limit: stop after that many units.
@@ -60,7 +62,7 @@ def reconstruct(
         raise ValueError(f"granularity is {granularity!r}: choose one of {', '.join(GRANULARITIES)}")
     units = network.units("layer" if granularity == "layer" else "block")[:limit]
     batches = _batches(rows, rows_per_pass)
-    run = _Run(network, units, batches, random, dict(done or {}), on_unit, progress, observe, storage)
+    run = _Run(network, units, batches, random, dict(done or {}), on_unit, progress, observe, storage, names)
     reports, ranges_set = [], False
     for number, phase in enumerate(settings.phases()):
         if phase.activations and not ranges_set:
@@ -84,6 +86,7 @@ class _Run:
     progress: Progress | None
     observe: Callable[[Step], None] | None
     storage: torch.device | None
+    names: Sequence[str]
 
     def phase(self, phases: Sequence[Phase]) -> list[UnitReport]:
         """Run one phase over all units, ``phases`` holding its settings per unit; return the reports of new results."""
@@ -91,12 +94,11 @@ class _Run:
         reports: list[UnitReport] = []
         if first == len(self.units):
             return reports
-        modules = [(unit.name, unit.module) for unit in self.units]
         with ExitStack() as stack:
-            full = stack.enter_context(PausedPasses(self._forward, len(self.batches), modules, first))
+            full = stack.enter_context(self._passes(first))
             quantized = None
             if phases[0].quantized_prefix:
-                quantized = stack.enter_context(PausedPasses(self._forward, len(self.batches), modules, first))
+                quantized = stack.enter_context(self._passes(first))
             for index in range(first, len(self.units)):
                 unit, phase = self.units[index], phases[index]
                 data = self._collect(index, phase, full, quantized)
@@ -140,9 +142,16 @@ class _Run:
             load_unit_state(unit, self.done[key])
         return len(keys)
 
+    def _passes(self, first: int) -> PausedPasses:
+        family, modules = self.network.family, [(unit.name, unit.module) for unit in self.units]
+        again = [unit.name for unit in self.units if family.layer_runs_again(unit.name)]
+        return PausedPasses(self._forward, len(self.batches), modules, first, family.shared_arguments, again)
+
     def _forward(self, batch: int) -> object:
         device = next(self.network.parameters()).device
-        return self.network(*(part.to(device) for part in self.batches[batch]))
+        parts = [part.to(device) for part in self.batches[batch]]
+        positional = len(parts) - len(self.names)
+        return self.network(*parts[:positional], **dict(zip(self.names, parts[positional:], strict=True)))
 
     def _collect(self, index: int, phase: Phase, full: PausedPasses, quantized: PausedPasses | None) -> UnitData:
         """Move the passes on to unit ``index`` and cache what it is optimised on."""

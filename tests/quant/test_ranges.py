@@ -170,3 +170,12 @@ def test_channels_do_not_influence_each_other():
             continue  # an all-zero tensor alone counts as one-sided
         alone = MSE().weight(weight[channel : channel + 1], 4)
         assert all(torch.equal(a[0], b[channel]) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("value", [1.0, -3.0])
+def test_a_constant_is_not_quantized_to_zero(rule, value):
+    ones = torch.full((2, 5), value)
+    quantizer = observed(rule, ones, ones, bits=8)
+    error = (quantize_dequantize(ones, quantizer.scale, quantizer.zero_point, 256) - ones).abs().max()
+    assert error < abs(value) / 100

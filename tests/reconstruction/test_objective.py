@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from edadm.reconstruction.objective import LayerTap, loss_layers, output_channels, tensor_loss
+from edadm.quant.network import Bits, QuantModel
+from edadm.reconstruction.objective import LayerTap, layer_channels, loss_layers, output_channels, tensor_loss
+from tests.toys import DENOISERS
 
 
 @pytest.mark.parametrize("p", [2.0, 2.4])
@@ -43,6 +45,46 @@ def test_channels_of_units(units):
     assert output_channels(block, torch.empty(2, 16, 4, 4)) == 16
     assert output_channels(block, torch.empty(2, 9, 16)) == 16
     assert output_channels(replace(block, kind="matmul"), torch.empty(2, 3, 9, 5)) == 15
+
+
+@pytest.fixture
+def blocks():
+    """The units of other families by name of family and unit."""
+    return {
+        name: {unit.name: unit for unit in QuantModel.wrap(DENOISERS[name].build(), Bits(4, 8)).units("block")}
+        for name in ("unet2d_condition", "dit", "sd3")
+    }
+
+
+def test_tokens_of_transformers_are_what_the_original_code_sums_over(units, blocks):
+    """methods.md 3.0: axis 1 of the original layout, tokens in a transformer, channels of what was a 1x1 convolution."""
+    attention = next(unit for unit in units if unit.matmuls)
+    assert layer_channels(attention, attention.layers[0], torch.empty(2, 9, 16)) == 16
+    unet = blocks["unet2d_condition"]
+    transformer = unet["mid_block.attentions.0.transformer_blocks.0"]
+    assert output_channels(transformer, torch.empty(2, 9, 16)) == 9
+    assert layer_channels(transformer, transformer.layers[-1], torch.empty(2, 77, 16)) == 77
+    assert output_channels(unet["mid_block.attentions.0.proj_in"], torch.empty(2, 16, 3, 3)) == 16
+    block = blocks["dit"]["transformer_blocks.0"]
+    modulation = next(layer for layer in block.layers if layer.role == "modulation")
+    assert layer_channels(block, modulation, torch.empty(2, 48)) == 48
+
+
+def test_the_original_transformer_registers_cross_attention_last(blocks):
+    transformer = blocks["unet2d_condition"]["mid_block.attentions.0.transformer_blocks.0"]
+    left_out = {
+        rule: {layer.name for layer in transformer.layers} - {layer.name for layer in loss_layers(transformer, rule)}
+        for rule in ("registration", "main_path")
+    }
+    assert left_out == {
+        "registration": {f"{transformer.name}.attn2.to_out.0"},
+        "main_path": {f"{transformer.name}.ff.net.2"},
+    }
+    for rule, last in (("registration", "ff_context.net.2"), ("main_path", "ff.net.2")):
+        joint = blocks["sd3"]["transformer_blocks.0"]
+        assert {layer.name for layer in joint.layers} - {layer.name for layer in loss_layers(joint, rule)} == {
+            f"{joint.name}.{last}"
+        }
 
 
 def test_tap_records_in_the_order_of_layers_and_stops_when_all_have_run(units):

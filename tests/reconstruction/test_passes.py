@@ -9,7 +9,7 @@ from greenlet import greenlet
 from torch import nn
 
 from edadm.errors import EdadmError
-from edadm.reconstruction.passes import Arguments, PausedPasses
+from edadm.reconstruction.passes import Arguments, PausedPasses, one_tensor
 
 
 class Scale(nn.Module):
@@ -136,6 +136,46 @@ def test_a_unit_called_twice_is_named():
         run.inputs(1)
 
 
+def test_a_unit_that_runs_again_is_stopped_at_once():
+    network = nn.Sequential(one := Scale(2.0), Scale(3.0), one)
+    units = [("one", one), ("last", network[1])]
+    with PausedPasses(lambda _: network(ROWS[0]), 1, units, again=["one"]) as run:
+        assert run.inputs(1)[0].tensors[0].tolist() == [2, 4]
+        assert run.outputs(1)[0].tolist() == [6, 12]
+    assert one.calls == 1
+    last = Scale(5.0)
+    network.append(last)
+    with PausedPasses(lambda _: network(ROWS[0]), 1, [*units, ("end", last)], again=["one"]) as run:
+        assert run.inputs(2)[0].tensors[0].tolist() == [12, 24]
+    assert one.calls == 3
+
+
+def test_arguments_without_an_entry_per_row_are_named_unless_they_are_shared():
+    def forward(_):
+        return unit(ROWS[0], shift=torch.tensor([1.0]))
+
+    unit = Scale(2.0)
+    with (
+        pytest.raises(EdadmError, match=r"unit one gets tensors of shapes \(2,\), \(1,\), so not all"),
+        PausedPasses(forward, 1, [("one", unit)]) as run,
+    ):
+        run.inputs(0)
+    with PausedPasses(forward, 1, [("one", unit)], shared=["shift"]) as run:
+        (call,) = run.inputs(0)
+        assert len(call.tensors) == 1
+        assert call.template().named["shift"].tolist() == [1.0]
+
+
+def test_streams_of_tokens_are_one_output():
+    image, context = torch.zeros(2, 3, 4), torch.ones(2, 5, 4)
+    joined = one_tensor((context, image), "joint")
+    assert joined.shape == (2, 8, 4) and joined[:, :5].all() and not joined[:, 5:].any()
+    assert one_tensor((None, image), "joint") is image
+    for wrong in ((image, image[0]), (), [image, context]):
+        with pytest.raises(EdadmError, match="unit joint returns"):
+            one_tensor(wrong, "joint")
+
+
 def test_a_unit_must_return_a_tensor():
     unit = nn.LSTM(1, 1)
     run = PausedPasses(lambda _: unit(torch.zeros(1, 1)), 1, [("lstm", unit)])
@@ -170,3 +210,15 @@ def test_arguments_replace_tensors_in_order():
     positional, named = call.template().bind([torch.tensor(5.0), torch.tensor(7.0)])
     assert positional[0] == 5 and positional[1:] == (None, 3)
     assert named["temb"] == 7 and named["flag"] is True
+
+
+def test_arguments_replace_tensors_inside_of_containers_and_keep_shared_ones():
+    rotary = (torch.ones(5), torch.zeros(5))
+    named = {"kwargs": {"mask": torch.zeros(1), "scale": 2.0}, "rotary": rotary, "last": torch.zeros(1)}
+    call = Arguments((torch.ones(2), (torch.ones(3), None)), named, ("rotary",))
+    assert [t.numel() for t in call.tensors] == [2, 3, 1, 1]
+    template = call.template()
+    assert template.named["rotary"] is rotary and [t.numel() for t in template.tensors] == [0, 0, 0, 0]
+    positional, named = template.bind([torch.tensor(float(i)) for i in range(4)])
+    assert (positional[0], positional[1][0], positional[1][1]) == (0, 1, None)
+    assert named["kwargs"] == {"mask": 2, "scale": 2.0} and named["last"] == 3 and named["rotary"] is rotary
