@@ -5,27 +5,33 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from edadm.diagnostics.files import Diagnostic
 from edadm.errors import EdadmError
 from edadm.records import Record
+from edadm.report.figures_style import COLOURS, save
 from edadm.report.labels import by_label
-from edadm.store import atomic_file
 
 STEP_CURVE = "sqnr_per_step"
 Curve = list[float]
 
 
+def sqnr(records: Sequence[Record], diagnostics: Sequence[Diagnostic], folder: Path) -> list[Path]:
+    """Draw the noise-prediction SQNR of every sampling step, in the form of a registered figure."""
+    path = step_curves(records, folder / f"{STEP_CURVE}.png")
+    return [path, path.with_suffix(".svg")]
+
+
 def step_curves(records: Iterable[Record], path: Path, metric: str = STEP_CURVE) -> Path:
-    """Draw a metric of every sampling step, one line a method, as a PNG and return its path.
+    """Draw a metric of every sampling step, one line a method, as a PNG with an SVG beside it; return the PNG's path.
 
     The line is the mean over seeds, the shade their lowest and highest value. Reads ``metrics[metric]``:
     ``{values, n, unit}`` or a list, in sampling order. Records without it (full precision, failed runs) are left out.
     Raises EdadmError when none has it.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -34,18 +40,16 @@ def step_curves(records: Iterable[Record], path: Path, metric: str = STEP_CURVE)
         raise EdadmError(f"no record has `{metric}`: run a sweep whose metrics name it")
     figure = Figure(figsize=(7.0, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for index, (label, runs) in enumerate(_lines(used).items()):
-        _draw(axes, label, [_values(run, metric) for run in runs], f"C{index % 10}", "-:"[index // 10 % 2])
+    for index, (label, runs) in enumerate(lines(used).items()):
+        colour, style = COLOURS[index % len(COLOURS)], ("-", ":", "--", "-.")[index // len(COLOURS) % 4]
+        _draw(axes, label, [_values(run, metric) for run in runs], colour, style)
     axes.set_xlabel("sampling step (1 = noise, last = image)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(_axis_label(used, metric))
     axes.set_title(", ".join(sorted({f"{run.task} ({run.profile})" for run in used})), fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        # no library version in the file: the same records give the same bytes
-        FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
-    return Path(path)
+    return save(figure, path, dpi=120)[0]
 
 
 def _values(record: Record, metric: str) -> Curve:
@@ -54,18 +58,18 @@ def _values(record: Record, metric: str) -> Curve:
     return [float(value) for value in values] if isinstance(values, list) else []
 
 
-def _lines(records: list[Record]) -> dict[str, list[Record]]:
-    """Return the runs of every line by its label, which names bits and task where the figure has several."""
+def lines(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Return the runs of every line of a figure by its label: method, bits, and task where there are several."""
     groups: dict[tuple[str, int, int], list[Record]] = defaultdict(list)
     for record in records:
         groups[record.task, -record.bits.weight, -record.bits.act].append(record)
     one_task = len({task for task, _, _ in groups}) == 1
-    lines = {}
+    found = {}
     for (task, weight, act), runs in sorted(groups.items()):
         bits = f"W{-weight}A{-act}"
-        for label, found in sorted(by_label(runs).items()):
-            lines[f"{label}, {bits}" if one_task else f"{label}, {bits}, {task}"] = found
-    return lines
+        for label, same in sorted(by_label(runs).items()):
+            found[f"{label}, {bits}" if one_task else f"{label}, {bits}, {task}"] = same
+    return found
 
 
 def _draw(axes: Any, label: str, curves: list[Curve], color: str, style: str) -> None:
