@@ -10,8 +10,10 @@ import hydra
 from omegaconf import DictConfig
 
 from edadm.cli import run_job
+from edadm.config import offer_experiments
 
 os.environ.setdefault("EDADM_ROOT", str(Path(__file__).resolve().parent))
+offer_experiments()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -12,9 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from edadm.checkout import root
 from edadm.errors import EdadmError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -22,9 +24,11 @@ SLOTS = ("calibration", "transform", "ranges", "reconstruction", "optimization",
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
 OFF = 16  # bits from which a tensor stays in floating point
 OmegaConf.register_new_resolver("share", lambda total, share: max(1, round(total * share)), replace=True)
+OmegaConf.register_new_resolver("available", lambda group, *names: available(group, names), replace=True)
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 PROFILE_NUMBERS = ("rows", "batch", "iterations")
+NO_PART_OF_A_RUN = ("experiments", "experiment", "scale")  # an experiment chooses runs and changes none
 RECIPE_NUMBERS = ("lr_weight", "lr_act", "layer_loss_weight", "layer_loss_pass")
 
 
@@ -85,11 +89,31 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     return copy.deepcopy(_compose(tuple(overrides)))
 
 
+def offer_experiments() -> None:
+    """Make ``experiments/*.yaml`` a group of Hydra beside those of ``conf``.
+
+    Not through ``hydra.searchpath``: with the checkout on it, every folder there is a group, and ``results=FOLDER``
+    would choose from the group ``results``.
+    """
+    _offer(root() / "experiments")
+
+
+@lru_cache
+def _offer(folder: Path) -> None:
+    from hydra.core.config_store import ConfigStore
+
+    for path in sorted(folder.glob("*.yaml")):
+        content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        content["experiment"].pop("blocks", None)  # the rows: many, and no business of Hydra's
+        ConfigStore.instance().store(path.stem, content, "experiments", "_global_", str(path))
+
+
 @lru_cache(maxsize=64)
 def _compose(overrides: tuple[str, ...]) -> DictConfig:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
+    offer_experiments()
     if GlobalHydra.instance().is_initialized():
         return hydra.compose("config", list(overrides))
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -101,12 +125,27 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+def available(group: str, names: Sequence[str]) -> str:
+    """Return those of some names that a group of ``conf`` offers, as an axis of a sweep. Raises EdadmError if none."""
+    offered = options(group)
+    found = [name for name in dict.fromkeys(names) if name in offered]
+    if not found:
+        raise EdadmError(f"not available yet: {', '.join(f'{group} {name}' for name in dict.fromkeys(names))}")
+    return ",".join(found)
+
+
+def words_of_run(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line without those that choose an experiment: the run is the same without it."""
+    return [word for word in words if word.lstrip("+").split("=", 1)[0] not in NO_PART_OF_A_RUN]
+
+
 def settings(config: DictConfig, overrides: Sequence[str] = ()) -> Settings:
     """Return the checked settings of a composed configuration.
 
     overrides: the words of the command line that composed it; they tell which parts differ from the method's own.
     Raises EdadmError naming the value that is impossible and the choices.
     """
+    overrides = words_of_run(overrides)
     values = _plain(with_task_of_pair(config, overrides))
     check(values)
     result = Settings(values, tuple(overrides), variant(values))
@@ -126,7 +165,7 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise EdadmError(f"the configuration does not resolve: {error}") from error
     assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    return {str(key): value for key, value in values.items() if key not in NO_PART_OF_A_RUN}
 
 
 def _methods_with_published_scope() -> Iterator[str]:
@@ -144,12 +183,20 @@ def with_task_of_pair(config: DictConfig, overrides: Sequence[str]) -> DictConfi
     named = {word.lstrip("+").split("=", 1)[0] for word in overrides}
     if "task" in named or not named & {"model", "dataset"}:
         return config
-    pairs: dict[str, tuple[str, str]] = {}
-    for name in options("task"):
-        task = compose([f"task={name}"])
-        pairs[name] = (task.model.name, task.dataset.name)
-        if pairs[name] == (config.model.name, config.dataset.name):
-            return compose([f"task={name}", *overrides])
+    tasks = {name: compose([f"task={name}"]) for name in options("task")}
+    pairs = {name: (task.model.name, task.dataset.name) for name, task in tasks.items()}
+    asked = (config.model.name, config.dataset.name)
+    found = [name for name, pair in pairs.items() if pair == asked]
+    if not found:  # what was not named is the default task's and may give way
+        found = [
+            name
+            for name, pair in pairs.items()
+            if all(own == wanted or group not in named for group, own, wanted in zip(("model", "dataset"), pair, asked))
+        ]
+    if len(found) == 1:
+        return compose([f"task={found[0]}", *overrides])
+    if found:
+        raise EdadmError(f"tasks {', '.join(found)} all have what was named: choose one with task=...")
     known = ", ".join(f"model={model} dataset={dataset}" for model, dataset in pairs.values())
     raise Skipped(f"no task pairs model={config.model.name} with dataset={config.dataset.name}; there are: {known}")
 
@@ -228,6 +275,12 @@ def _by_bits(rates: Mapping[int, float] | float, bits: int) -> float:
     return float(rates[min((width for width in rates if width >= bits), default=max(rates))])
 
 
+def has_own_sampler(settings: Settings) -> bool:
+    """Say whether images are sampled as the task has it, which its expected scores are of."""
+    own = compose([f"task={settings['task.name']}", f"profile={settings['profile.name']}"])
+    return OmegaConf.to_container(own.sampler, resolve=True) == settings["sampler"]
+
+
 def variant(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return in what the parts of a run differ from its method's own: a part's name, or single numbers."""
     if values["bits"]["weight"] >= OFF and values["bits"]["act"] >= OFF:
@@ -245,6 +298,8 @@ def variant(values: Mapping[str, Any]) -> dict[str, Any]:
             differences[slot] = values[slot]["name"]
         else:
             differences |= {f"{slot}.{key}": value for key, value in values[slot].items() if part.get(key) != value}
+    if values.get("calibration_sampler"):
+        differences |= _of_calibration_sampler(values["calibration_sampler"], own.get("calibration_sampler"))
     differences |= {
         f"recipe.{key}": values["recipe"][key] for key in RECIPE_NUMBERS if values["recipe"][key] is not None
     }
@@ -252,3 +307,11 @@ def variant(values: Mapping[str, Any]) -> dict[str, Any]:
         unused = ("optimization", "recipe", "profile.iterations", "profile.batch")
         differences = {key: value for key, value in differences.items() if not key.startswith(unused)}
     return differences
+
+
+def _of_calibration_sampler(part: Mapping[str, Any], own: DictConfig | None) -> dict[str, Any]:
+    """Return in what the sampler of the calibration trajectories differs from the task's."""
+    standard: Any = {} if own is None else OmegaConf.to_container(own, resolve=True)
+    if standard.get("name") != part["name"]:
+        return {"calibration_sampler": part["name"]}
+    return {f"calibration_sampler.{key}": value for key, value in part.items() if standard.get(key) != value}

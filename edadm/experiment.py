@@ -16,8 +16,11 @@ from typing import Any
 
 import torch
 
-from edadm import config, cost, journal, records, stages, tracking
+from edadm import compare, config, cost, journal, records, stages, tracking
+from edadm.comparison import read_all_draws
 from edadm.config import Settings
+from edadm.diagnostics import registry as diagnostics
+from edadm.environment import check_torchvision
 from edadm.errors import EdadmError
 from edadm.estimate import announcement
 from edadm.keys import Run, build_part
@@ -28,15 +31,19 @@ from edadm.records import Record
 from edadm.report.figures import STEP_CURVE, step_curves
 from edadm.report.render import markdown
 from edadm.report.table import tables
+from edadm.sampling.noise import EVALUATION
 from edadm.store import Store, atomic_file, content_hash
 
 logger = logging.getLogger(__name__)
 
 SHARED_WITH_FP = (
     "task", "model", "dataset", "sampler", "metrics", "profile", "recipe", "n_images", "chunk", "precision",
-    "evaluation_seed", "threads", "device", "results", "logger",
+    "evaluation_seed", "threads", "device", "results", "reference", "logger",
 )  # fmt: skip
-NOT_RECORDED = ("logger", "launcher", "results", "device", "sites", "save_calibration_set", "recipe")
+NOT_RECORDED = (
+    "logger", "launcher", "results", "reference", "device", "check", "sites", "save_calibration_set", "recipe",
+    "diagnostics",
+)  # fmt: skip
 ATTENTION_PRODUCTS = ("product0", "product1")  # q k^T and softmax v, as cost.measure names them
 
 
@@ -45,6 +52,8 @@ def prepare(settings: Settings, sweep: str | None = None) -> Run:
 
     Raises EdadmError for what cannot be run.
     """
+    check_torchvision()
+    diagnostics.check(settings["diagnostics"])
     device = _device(settings["device"])
     if settings["threads"] is not None:
         torch.set_num_threads(settings["threads"])
@@ -100,12 +109,21 @@ def _check_writable(folder: Path) -> None:
 
 
 def execute(run: Run, *, announce: bool = True) -> Path:
+    """Make a run and its diagnostics, or find them made, and return the file of the record."""
+    path = _execute(run, announce)
+    if run.settings["profile.verdict"]:
+        for reason in compare.complete([records.read(path)], path.parent.parent, run.store, run.references):
+            logger.info("not resampled: %s", reason)
+    diagnostics.diagnose(run)
+    return path
+
+
+def _execute(run: Run, announce: bool) -> Path:
     """Make a run, or find it made, and return the file of its record; say first what it will cost."""
-    path = records.path_of(run.results, run.task.name, run.hash)
-    finished = records.find(run.results, run.task.name, run.hash)
-    if finished is not None and finished.status == "ok":
-        logger.info("%s: record %s is there, nothing is computed", run.settings.label, run.hash)
-        _push(run, finished)
+    path = records.find_finished([run.results, *run.references], run.task.name, run.hash)
+    if path is not None:
+        logger.info("%s: record %s is there, nothing is computed", run.settings.label, path)
+        _push(run, records.read(path))
         return path
     baseline = None if run.is_full_precision or run.images_folder else full_precision(run)
     if announce and not run.images_folder:
@@ -166,7 +184,11 @@ def _record(
     reason: str | None = None,
 ) -> Record:
     settings = run.settings
-    expects = settings["profile.name"] == "reference" and settings["n_images"] == settings["profile.images"]
+    expects = (
+        settings["profile.name"] == run.task.expected_profile
+        and settings["n_images"] == settings["profile.images"]
+        and config.has_own_sampler(settings)
+    )
     return Record(
         hash=run.hash,
         task=run.task.name,
@@ -214,11 +236,15 @@ def _sites(run: Run, network: stages.Result | None) -> list[dict[str, Any]]:
 
 
 def _cost(run: Run, sites: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return bit operations and size of the network with the bits of its sites."""
+    """Return bit operations of one network call, without its second row under guidance, and the size."""
     network = run.task.denoiser()
     bits = {site["name"]: site["bits"] for site in sites}
     x = torch.zeros(1, *run.task.sample_shape)
-    layers = [_with_bits(layer, bits) for layer in cost.measure(network, x, torch.zeros(1, dtype=torch.int64))]
+    condition: Mapping[str, torch.Tensor] = {}
+    if run.guidance is not None:
+        condition = run.guidance.conditions.rows(EVALUATION, run.settings["evaluation_seed"], [0])
+    t = torch.zeros(1, dtype=torch.int64)
+    layers = [_with_bits(layer, bits) for layer in cost.measure(network, x, timestep=t, **condition)]
     parameters = sum(parameter.numel() for parameter in network.parameters())
     quantizers = sum(site["kind"] != "weight" and site["bits"] < config.OFF for site in sites)
     return cost.bit_operations(layers) | cost.model_size(layers, parameters, act_quantizers=quantizers)
@@ -283,7 +309,8 @@ def summary(paths: Sequence[Path], curve: Path | None = None) -> str:
     everything = records.read_all({path.parent for path in paths})
     baselines = [record for record in everything if record.is_fp and _family(record) in families]
     shown = {record.hash: record for record in [*baselines, *chosen.values()]}
-    lines = [markdown(tables(shown.values())).rstrip(), ""]
+    draws = read_all_draws({path.parent for path in paths})
+    lines = [markdown(tables(shown.values(), draws)).rstrip(), ""]
     lines += [
         f"Records: {folder}/<hash>.json, samples beside them (.png)" for folder in sorted({p.parent for p in paths})
     ]

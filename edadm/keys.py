@@ -17,17 +17,23 @@ from typing import Any
 
 from edadm.config import OFF, Settings
 from edadm.errors import EdadmError
-from edadm.metrics import tiny
+from edadm.metrics import networks, references, tiny
+from edadm.metrics.crops import check_crop
+from edadm.metrics.images import image_files
 from edadm.metrics.inception_network import RELEASE_SHA256, find_weights
-from edadm.metrics.registry import METRICS
+from edadm.metrics.registry import INCEPTION, METRICS
+from edadm.prompts import Prompted, check_prompts, read_prompts
 from edadm.quant.network import Bits, SitePlan
 from edadm.reconstruction.settings import Joint, TwoPhase
-from edadm.sampling.ddim import Sampler
+from edadm.sampling.guidance import Guidance
+from edadm.sampling.interface import DiffusionSampler, require_fit
+from edadm.sampling.noise import EVALUATION
 from edadm.store import Store, content_hash, file_sha256
-from edadm.tasks.base import Task
+from edadm.tasks.base import Decoder, Task
 
 VERSION = 1  # of the way the stages call the parts
 ROWS_PER_PASS = 32  # calibration rows in one forward pass of the network
+DEFAULT_SAMPLER = "edadm.sampling.ddim.Sampler"  # of a sampler's configuration that names no class
 
 Key = dict[str, Any]
 
@@ -81,6 +87,12 @@ class Run:
         return Path(self.settings["results"]).expanduser().absolute()
 
     @property
+    def references(self) -> list[Path]:
+        """The results sets besides its own in which a record of the run counts as made."""
+        reference = _path(self.settings["reference"])
+        return [] if reference is None else [reference]
+
+    @property
     def bits(self) -> Bits:
         """The nominal bit widths."""
         return Bits(**self.settings["bits"])
@@ -92,9 +104,46 @@ class Run:
         return SitePlan(edge=scope["edge"], split=scope["split"], matmuls=scope["matmuls"])
 
     @cached_property
-    def sampler(self) -> Sampler:
-        """The sampler of the task."""
-        return Sampler(**{key: value for key, value in self.settings["sampler"].items() if key != "name"})
+    def sampler(self) -> DiffusionSampler:
+        """The sampler of the images. Raises EdadmError when it does not fit what the model predicts."""
+        return self._build_sampler(self.settings["sampler"])
+
+    @cached_property
+    def calibration_sampler(self) -> DiffusionSampler:
+        """The sampler of the full-precision trajectories: that of the images, unless the configuration has its own."""
+        return self._build_sampler(self.calibration_sampling)
+
+    @cached_property
+    def guidance(self) -> Guidance | None:
+        """The guidance of the images, None for an unconditional model. Raises EdadmError when that is to be guided."""
+        return self._build_guidance(self.settings["sampler"])
+
+    @cached_property
+    def calibration_guidance(self) -> Guidance | None:
+        """The guidance of the full-precision trajectories."""
+        return self._build_guidance(self.calibration_sampling)
+
+    @property
+    def calibration_sampling(self) -> Mapping[str, Any]:
+        """The part of the configuration that says how full-precision trajectories are sampled."""
+        return self.settings.values.get("calibration_sampler") or self.settings["sampler"]
+
+    def _build_sampler(self, part: Mapping[str, Any]) -> DiffusionSampler:
+        numbers = {key: value for key, value in part.items() if key != "guidance_scale"}
+        sampler = build_part({"_target_": DEFAULT_SAMPLER} | numbers)
+        require_fit(sampler, self.task.prediction_type, self.task.learned_variance)
+        return sampler
+
+    def _build_guidance(self, part: Mapping[str, Any]) -> Guidance | None:
+        scale = float(part.get("guidance_scale", 1.0))
+        if self.task.conditions is not None:
+            return Guidance(self.task.conditions(), scale, self.task.guided_channels)
+        if scale != 1:
+            raise EdadmError(
+                f"sampler.guidance_scale={scale:g}, but the model of task {self.task.name} is unconditional: there is "
+                "nothing to guide it with, set it to 1"
+            )
+        return None
 
     @cached_property
     def calibration(self) -> Any:
@@ -140,13 +189,21 @@ class Run:
     @cached_property
     def trajectories_key(self) -> Key:
         """Full-precision trajectories, equal for all methods and bit widths."""
-        return self._base | {
-            "sampler": identity(self.sampler),
+        key = self._base | {
+            "sampler": identity(self.calibration_sampler),
             "n": self.settings["profile.rows"],
             "batch": self.settings["chunk"],
             "seed": self.settings["seed"],
             "feature": self.settings["preset.tdac.feature"],
         }
+        if self.feature_batches is not None:
+            key |= {"feature_batches": self.feature_batches}
+        return key | _guidance_key(self.calibration_guidance)
+
+    @property
+    def feature_batches(self) -> int | None:
+        """The first batches of trajectories whose features TDAC sees, None for all."""
+        return self.settings["recipe"].get("tdac", {}).get("feature_batches")
 
     @cached_property
     def calibration_key(self) -> Key:
@@ -194,6 +251,8 @@ class Run:
             "chunk": self.settings["chunk"],
             "precision": self.settings["precision"],
             "seed": self.settings["evaluation_seed"],
+            **_guidance_key(self.guidance),
+            **_decoder_key(self.task.decoder),
         }
 
     @cached_property
@@ -203,6 +262,7 @@ class Run:
             "sampler": identity(self.sampler),
             "n": self.settings["metrics.sqnr_rows"],
             "seed": self.settings["evaluation_seed"],
+            **_guidance_key(self.guidance),
         }
 
     @cached_property
@@ -229,8 +289,11 @@ class Run:
             "chunk": self.settings["chunk"],
             "sqnr_rows": self.settings["metrics.sqnr_rows"],
             "checkpoint": self.task.sha256(),
+            **_guidance_key(self.guidance),
             **({"tiny": self._tiny_identity()} if self.needs_tiny else {}),
             **({"inception": self._inception_identity()} if self.needs_inception else {}),
+            **({"crop": self.crop} if self.crop else {}),
+            **networks.identities(self.settings["metrics"], self.metrics, self.prompts),
         }
 
     @cached_property
@@ -250,7 +313,39 @@ class Run:
     @property
     def needs_inception(self) -> bool:
         """Say whether a metric uses Inception features."""
-        return any(METRICS[name].kind != "paired" and not METRICS[name].proxy for name in self.metrics)
+        return any(name in INCEPTION for name in self.metrics)
+
+    @property
+    def crop(self) -> str | None:
+        """The centre crop and resize of reference and scored images. Raises EdadmError for an unknown name."""
+        name: str | None = self.settings["metrics.crop"]
+        check_crop(name)
+        return name
+
+    @cached_property
+    def prompts(self) -> list[str] | None:
+        """The prompts of the scored images by number, None where no metric needs them.
+
+        They come from the file ``metrics.clip.prompts``, else from the task. Raises EdadmError when neither has them
+        and when the file has not one for each image.
+        """
+        if "clip" not in self.metrics:
+            return None
+        count, path = self.settings["n_images"], networks.section(self.settings["metrics"], "clip")["prompts"]
+        if path is None:
+            conditions = self.guidance.conditions if self.guidance and not self.images_folder else None
+            if not isinstance(conditions, Prompted):
+                raise EdadmError(
+                    f"the images of task {self.task.name} have no prompts of their own: give metrics.clip.prompts, a "
+                    "text file whose line i belongs to image i"
+                )
+            return conditions.prompts(EVALUATION, self.settings["evaluation_seed"], range(count))
+        prompts = read_prompts(path)
+        if self.images_folder:
+            check_prompts(prompts, len(image_files(self.images_folder)), str(path))
+        else:
+            check_prompts(prompts[:count], count, str(path))
+        return prompts[:count]
 
     def _tiny_identity(self) -> Key:
         for path in (tiny.WEIGHTS, self.tiny_reference):
@@ -265,8 +360,7 @@ class Run:
             raise EdadmError(
                 "metrics.inception.reference is not set: give a folder of images, an .npz, or cifar10-train"
             )
-        path = Path(source).expanduser()
-        content = file_sha256(path) if path.is_file() else _folder_sha256(path) if path.is_dir() else source
+        content = references.content_of(source, self.crop)
         return {"weights": find_weights(part["weights"], part["sha256"] or RELEASE_SHA256)[1], "reference": content}
 
     @property
@@ -282,6 +376,14 @@ class Run:
     @cached_property
     def _base(self) -> Key:
         return {"stages": VERSION, "model": self.task.sha256(), "threads": self.threads}
+
+
+def _guidance_key(guidance: Guidance | None) -> Key:
+    return {} if guidance is None else {"guidance": guidance.identity()}
+
+
+def _decoder_key(decoder: Decoder | None) -> Key:
+    return {} if decoder is None else {"decoder": {"part": type(decoder).__name__, "version": decoder.version}}
 
 
 def _path(value: str | None) -> Path | None:

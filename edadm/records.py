@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 STATUSES = ("ok", "skipped", "diverged", "failed")
 FP_METHOD = "fp"
+DIAGNOSTICS, DRAWS = "diagnostics", "draws"  # folders beside records that hold none
 QUANTIZATION_STAGES = ("calibration", "ranges", "reconstruction")
 _LIBRARIES = (
     "edadm",
@@ -38,6 +39,8 @@ _LIBRARIES = (
     "diffusers",
     "torch-fidelity",
     "torchmetrics",
+    "open_clip_torch",
+    "timm",
     "numpy",
     "safetensors",
     "hydra-core",
@@ -185,12 +188,13 @@ def read(path: Path) -> Record:
 def read_all(folders: Iterable[Path]) -> list[Record]:
     """Return the records below some folders, one per hash (the newest), in the order of their paths.
 
-    A broken file is skipped with a warning that names it; hidden files and folders are not records.
+    A broken file is skipped with a warning that names it; hidden files and folders, ``diagnostics/`` and ``draws/``
+    hold none.
     """
     found: dict[str, Record] = {}
     for folder in map(Path, folders):
         for path in sorted(folder.rglob("*.json")):
-            if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            if any(part.startswith(".") or part in (DIAGNOSTICS, DRAWS) for part in path.relative_to(folder).parts):
                 continue
             try:
                 record = read(path)
@@ -229,6 +233,15 @@ def find(results_dir: Path, task: str, hash: str) -> Record | None:
     except EdadmError as error:
         logger.warning("the run is made again: %s", error)
         return None
+
+
+def find_finished(results_dirs: Iterable[Path], task: str, hash: str) -> Path | None:
+    """Return the file of the first record with status ok of a run in some results sets, None without one."""
+    for folder in results_dirs:
+        record = find(folder, task, hash)
+        if record is not None and record.status == "ok":
+            return path_of(folder, task, hash)
+    return None
 
 
 def write(record: Record, results_dir: Path, *, rerun: bool = False) -> Path:

@@ -21,6 +21,7 @@ from edadm.tracking import Mode, push
 
 ALL_RESULTS = Path("results")
 DEFAULT_RESULTS = ALL_RESULTS / "local"
+REFERENCE_RESULTS = ALL_RESULTS / "reference"  # a run with a record there is not made again
 STATES = ("ok", "running", "waiting", "skipped", "diverged", "failed", "killed")
 
 
@@ -71,7 +72,7 @@ def seconds_left(jobs: Sequence[Job]) -> float | None:
 
 def status(results_dir: Path, name: str | None, now: float) -> str:
     """Return the state of the announced sweeps (or the one named) and of runs outside of any as text."""
-    records = {record.hash: record for record in read_all([results_dir])}
+    records = {record.hash: record for record in read_all([REFERENCE_RESULTS, results_dir])}
     runs = {run.hash: run for run in read_runs(results_dir)}
     sweeps = read_sweeps(results_dir)
     chosen = [sweep for sweep in sweeps if name in (None, sweep.name)]

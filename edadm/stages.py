@@ -19,7 +19,7 @@ from torch import nn
 from edadm.calibration.rows import CalibrationSet
 from edadm.calibration.trajectories import Trajectories, collect
 from edadm.keys import ROWS_PER_PASS, Run
-from edadm.metrics import inception, inception_network, tiny
+from edadm.metrics import inception, inception_network, networks, tiny
 from edadm.metrics.images import read_folder
 from edadm.metrics.inception import InceptionReference
 from edadm.metrics.inception_network import InceptionNetwork
@@ -34,6 +34,8 @@ from edadm.reconstruction.random import seeded
 from edadm.reconstruction.reconstruct import reconstruct
 from edadm.records import Stage
 from edadm.sampling.generate import generate, sampler_noise
+from edadm.sampling.guidance import denoise_for
+from edadm.sampling.interface import split_variance, unwrap
 from edadm.sampling.noise import EVALUATION, SELECTION, noise, numpy_rng
 from edadm.store import atomic_file, write_atomically
 from edadm.tasks.base import noise_prediction
@@ -86,12 +88,14 @@ def trajectories(run: Run) -> Result:
     def build(folder: Path, progress: Progress) -> None:
         collect(
             _for_inference(run.task.denoiser(run.device)),
-            run.sampler,
+            run.calibration_sampler,
             run.settings["profile.rows"],
             shape=run.task.sample_shape,
             seed=run.settings["seed"],
             batch=run.settings["chunk"],
+            guidance=run.calibration_guidance,
             feature_module=run.settings["preset.tdac.feature"],
+            feature_batches=run.feature_batches,
             device=run.device,
             progress=partial(progress, "full-precision trajectories"),
         ).save(folder / TRAJECTORIES)
@@ -111,7 +115,9 @@ def calibration(run: Run, source: Result | None) -> Result:
         loaded = Trajectories.load(source.folder / TRAJECTORIES)
         rows, diagnostics = run.calibration.select(loaded, run.settings["profile.rows"], rng)
         names = {"task": run.task.name, "calibration": run.settings["calibration.name"]}
-        rows.save(folder / CALIBRATION, names | {"seed": run.settings["seed"], "sampler": run.settings["sampler.name"]})
+        rows.save(
+            folder / CALIBRATION, names | {"seed": run.settings["seed"], "sampler": run.calibration_sampling["name"]}
+        )
         return {"rows": len(rows), **diagnostics}
 
     return stage(run, "calibration", build)
@@ -145,15 +151,17 @@ def quantized(run: Run, calibrated: Result) -> Result:
 
 def _set_activation_ranges(run: Run, network: QuantModel, rows: CalibrationSet, progress: Progress) -> None:
     """Show the network the rows in the few batches over which running ranges are updated."""
-    size = -(-len(rows) // run.settings["profile.range_batches"])
-    parts = list(zip(rows.x.split(size), rows.timestep.split(size), strict=True))
+    x, timestep, condition = rows.inputs()
+    size = -(-len(rows) // run.settings["profile.range_batches"]) * (len(x) // len(rows))
+    starts = range(0, len(x), size)
 
     def forward(number: int) -> None:
-        x, timestep = parts[number]
-        network(x.to(run.device), timestep.to(run.device))
-        progress("activation ranges", number + 1, len(parts))
+        part = slice(starts[number], starts[number] + size)
+        named = {name: tensor[part].to(run.device) for name, tensor in condition.items()}
+        network(x[part].to(run.device), timestep=timestep[part].to(run.device), **named)
+        progress("activation ranges", number + 1, len(starts))
 
-    set_activation_ranges(network, run.ranges, [partial(forward, number) for number in range(len(parts))])
+    set_activation_ranges(network, run.ranges, [partial(forward, number) for number in range(len(starts))])
 
 
 def _reconstruct(
@@ -178,9 +186,10 @@ def _reconstruct(
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
 
     assert run.optimizer is not None
+    x, timestep, condition = rows.inputs()
     reconstruct(
         network,
-        (rows.x, rows.timestep),
+        (x, timestep, *condition.values()),
         run.optimizer,
         run.settings["reconstruction.granularity"],
         seeded(run.settings["seed"]),
@@ -189,6 +198,7 @@ def _reconstruct(
         on_unit=keep,
         progress=progress,
         rows_per_pass=ROWS_PER_PASS,
+        names=("timestep", *condition),
     )
 
 
@@ -209,6 +219,8 @@ def images(run: Run, network: Result | None) -> Result:
                 folder=folder / CHUNKS,
                 device=run.device,
                 precision=run.settings["precision"],
+                guidance=run.guidance,
+                to_images=run.task.to_images(run.device),
                 progress=partial(progress, "sampling"),
             )
         with atomic_file(folder / IMAGES) as temporary, open(temporary, "wb") as file:
@@ -242,7 +254,7 @@ def evaluation(run: Run) -> Result:
         inputs: list[torch.Tensor] = []
         outputs: list[torch.Tensor] = []
 
-        def record(k: int, t: int, x: torch.Tensor, eps: torch.Tensor) -> None:
+        def record(k: int, t: float, x: torch.Tensor, eps: torch.Tensor) -> None:
             inputs.append(x.cpu())
             outputs.append(eps.cpu())
             progress("evaluation trajectories", k + 1, len(timesteps))
@@ -251,7 +263,8 @@ def evaluation(run: Run) -> Result:
         x = noise(EVALUATION, seed, numbers, shape).to(run.device)
         step_noise = sampler_noise(EVALUATION, seed, numbers, shape, torch.device(run.device))
         denoise = noise_prediction(_for_inference(run.task.denoiser(run.device)))
-        run.sampler.run(denoise, x, step_noise, observe=record)
+        bound = denoise_for(denoise, run.guidance, EVALUATION, seed, numbers, run.device)
+        run.sampler.run(bound, x, step_noise, observe=record)
         _save_arrays(
             folder / ALONG, timesteps=timesteps, x=torch.stack(inputs).numpy(), eps=torch.stack(outputs).numpy()
         )
@@ -266,7 +279,13 @@ def sqnr(run: Run, network: Result | None, along: Result) -> Result:
         with np.load(along.folder / ALONG, allow_pickle=False) as file:
             timesteps, x, eps = file["timesteps"].tolist(), torch.from_numpy(file["x"]), torch.from_numpy(file["eps"])
         full_precision = iter(eps.to(run.device))  # one entry per step, and all rows of a step are one batch
-        quantized_network = noise_prediction(load_network(run, network))
+        network_call, numbers = noise_prediction(load_network(run, network)), range(x.shape[1])
+        seed, channels = run.settings["evaluation_seed"], x.shape[2]
+        bound = denoise_for(network_call, run.guidance, EVALUATION, seed, numbers, run.device)
+
+        def quantized_network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return split_variance(unwrap(bound(x_t, t)), channels)[0]
+
         measured = sqnr_per_step(
             lambda x_t, t: next(full_precision), quantized_network, x, timesteps, batch=x.shape[1], device=run.device
         )
@@ -294,13 +313,20 @@ def metrics(run: Run, sampled: Result, full_precision: Result | None, steps: Res
         if not len(made):
             return {"metrics": {name: _nothing_to_score(name) for name in run.metrics}}
         network, inception_reference = _inception(run) if run.needs_inception else (None, None)
+        others = networks.load(run.settings["metrics"], run.metrics, run.device)
+        tiny_reference = tiny.load_reference(run.tiny_reference) if run.needs_tiny else None
         scores = score(
             made,
             run.metrics,
-            Reference(tiny.load_reference(run.tiny_reference) if run.needs_tiny else None, inception_reference),
+            Reference(tiny_reference, inception_reference, others.reference),
             None if full_precision is None else read_images(full_precision),
             tiny_network=tiny.load_network(device=run.device) if run.needs_tiny else None,
             inception_network=network,
+            clip_network=others.clip,
+            aesthetic_network=others.aesthetic,
+            dinov2_network=others.dinov2,
+            prompts=run.prompts,
+            crop=run.crop,
             step_sqnr=None if steps is None else read_sqnr(steps),
             seed=run.settings["evaluation_seed"],
             resamples=run.settings["metrics.bootstrap"],
@@ -316,7 +342,8 @@ def _inception(run: Run) -> tuple[InceptionNetwork, InceptionReference]:
         part["weights"], part["sha256"] or inception_network.RELEASE_SHA256, run.device
     )
     keep = any(name in run.metrics for name in ("kid", "precision", "recall"))
-    return network, inception.reference_from(part["reference"], network, keep_features=keep)
+    reference = inception.reference_from(part["reference"], network, keep_features=keep, recursive=True, crop=run.crop)
+    return network, reference
 
 
 def _nothing_to_score(name: str) -> dict[str, Any]:

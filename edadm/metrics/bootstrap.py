@@ -31,7 +31,6 @@ from edadm.metrics.frechet import (
     frechet_distance,
     statistics,
     symmetric_sqrt,
-    trace_of_sqrt,
 )
 
 LEVEL = 0.95
@@ -81,6 +80,45 @@ def mean_interval(
     return Estimate(float(values.mean()), *_quantiles(means, level))
 
 
+@dataclass(frozen=True)
+class ResampledStatistics:
+    """The Gaussians fitted to B resamples of one set of features: mean (B, D) and covariance (B, D, D), float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+def resampled_statistics(features: Features, counts: np.ndarray) -> ResampledStatistics:
+    """Fit a Gaussian to every resample of features (N, D); counts (B, N): how often each image is drawn."""
+    x = as_matrix(features)
+    total = counts.sum(1)
+    mean = counts @ x / total[:, None]
+    covariance = np.empty((len(counts), x.shape[1], x.shape[1]))
+    for resample, times in enumerate(counts):
+        drawn = times > 0
+        rows = np.sqrt(times[drawn])[:, None] * (x[drawn] - mean[resample])
+        covariance[resample] = rows.T @ rows / (total[resample] - 1)
+    return ResampledStatistics(mean, covariance)
+
+
+def frechet_draws(a: ResampledStatistics, b: ResampledStatistics | Statistics) -> np.ndarray:
+    """Return the Frechet distance (B,) of every resample of a to a fixed reference, or to the same resample of b."""
+    # for any F with F F^T = S_b, F^T S_a F has the eigenvalues of S_a S_b
+    factor = _factor(b.covariance)
+    products = np.swapaxes(factor, -1, -2) @ a.covariance @ factor
+    overlap = np.sqrt(np.clip(np.linalg.eigvalsh(products), 0, None)).sum(-1)
+    traces = np.trace(a.covariance, axis1=-2, axis2=-1) + np.trace(b.covariance, axis1=-2, axis2=-1)
+    return np.square(a.mean - b.mean).sum(-1) + traces - 2 * overlap
+
+
+def _factor(covariance: np.ndarray) -> np.ndarray:
+    """Return F (..., D, D) with F F^T = covariance; fewer images than features leave no Cholesky factor."""
+    try:
+        return np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        return symmetric_sqrt(covariance)
+
+
 def frechet_difference(
     a: Features,
     b: Features,
@@ -97,10 +135,9 @@ def frechet_difference(
     if x.shape != y.shape:
         raise ValueError(f"features {x.shape} and {y.shape} do not pair up: both need the images of the same noise")
     value = frechet_distance(statistics(x), reference) - frechet_distance(statistics(y), reference)
-    root = symmetric_sqrt(reference.covariance)
-    distance_a, distance_b = _Resampled(x, reference, root), _Resampled(y, reference, root)
     counts = resample_counts(len(x), resamples, rng)
-    draws = np.array([distance_a(row) - distance_b(row) for row in counts])
+    a_draws, b_draws = (frechet_draws(resampled_statistics(z, counts), reference) for z in (x, y))
+    draws = a_draws - b_draws
     bias = float(draws.mean()) - value
     low, high = _quantiles(draws, level)
     return FrechetDifference(
@@ -122,30 +159,6 @@ def frechet_infinity(features: Features, reference: Statistics, rng: np.random.G
     sizes = np.linspace(max(n // 4, dimensions + 1), n, points).round().astype(int)
     distances = [frechet_distance(statistics(x[rng.permutation(n)[:size]]), reference) for size in sizes]
     return float(np.polynomial.polynomial.polyfit(1 / sizes, distances, 1)[0])
-
-
-class _Resampled:
-    """The Frechet distance to a fixed reference as a function of how often each image is drawn.
-
-    With R the root of the reference covariance and Y = X R, tr((S_ref S)^(1/2)) needs only the weighted covariance of
-    Y, or, for fewer images than features, their equally good and smaller Gram matrix.
-    """
-
-    def __init__(self, x: np.ndarray, reference: Statistics, root: np.ndarray):
-        self.x, self.reference = x, reference
-        self.y = x @ root
-        self.squares = np.einsum("nd,nd->n", x, x)
-        self.trace = float(np.trace(reference.covariance))
-
-    def __call__(self, counts: np.ndarray) -> float:
-        n = counts.sum()
-        mean = counts @ self.x / n
-        trace = (counts @ self.squares - n * mean @ mean) / (n - 1)
-        centred = np.sqrt(counts)[:, None] * (self.y - counts @ self.y / n)
-        tall = centred.shape[0] >= centred.shape[1]
-        product = centred.T @ centred if tall else centred @ centred.T
-        shift = mean - self.reference.mean
-        return float(shift @ shift + trace + self.trace - 2 * trace_of_sqrt(product / (n - 1)))
 
 
 def _quantiles(draws: np.ndarray, level: float) -> tuple[float, float]:

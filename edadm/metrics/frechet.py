@@ -99,9 +99,9 @@ def statistics(features: Features) -> Statistics:
 
 
 def symmetric_sqrt(matrix: np.ndarray) -> np.ndarray:
-    """Return the square root of a positive semi-definite matrix (D, D); eigenvalues below 0 by rounding count as 0."""
+    """Return the square root of positive semi-definite matrices (..., D, D); eigenvalues below 0 count as 0."""
     values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    return (vectors * np.sqrt(np.clip(values, 0, None))[..., None, :]) @ np.swapaxes(vectors, -1, -2)
 
 
 def trace_of_sqrt(matrix: np.ndarray) -> float:

@@ -54,6 +54,17 @@ def read_image(file: str | os.PathLike) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+def image_size(file: str | os.PathLike) -> tuple[int, int, int]:
+    """Return the shape (3, H, W) that ``read_image`` would give, from the file's header alone."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return 3, image.height, image.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise EdadmError(f"cannot read image {file}: {error}. Remove the file or write it again.") from error
+
+
 def read_folder(folder: str | os.PathLike, limit: int | None = None, recursive: bool = False) -> torch.Tensor:
     """Read the images of a folder in the order of their names: uint8 (N, 3, H, W).
 

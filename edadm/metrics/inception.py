@@ -10,26 +10,25 @@ cache names hold the hash of the content.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import logging
 import os
-import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from edadm.errors import EdadmError
+from edadm.metrics import references
 from edadm.metrics.frechet import Moments, NotAvailable, Statistics, full_float32
-from edadm.metrics.images import check_images, image_files, read_image
+from edadm.metrics.images import check_images
 from edadm.metrics.inception_network import InceptionNetwork
+from edadm.metrics.references import FeatureReference as InceptionReference
+from edadm.metrics.references import ReferenceImages, cached, holds, open_images
+from edadm.metrics.references import save_reference as save_reference
 from edadm.store import cache_root
-
-logger = logging.getLogger(__name__)
 
 VERSION = 1
 IS_SPLITS = 10
@@ -50,22 +49,6 @@ class InceptionFeatures:
 
     def __len__(self) -> int:
         return len(self.pooled)
-
-
-@dataclass(frozen=True)
-class InceptionReference:
-    """What images are measured against.
-
-    spatial is None in a foreign file without sFID statistics; features (n, 2048) is None unless they were kept for KID,
-    precision and recall; n is 0 and sha256 (of the Inception weights) None in a foreign file that does not say.
-    """
-
-    pooled: Statistics
-    spatial: Statistics | None
-    features: torch.Tensor | None
-    n: int
-    name: str
-    sha256: str | None
 
 
 def extract(images: torch.Tensor, network: InceptionNetwork, batch: int = 64) -> InceptionFeatures:
@@ -149,27 +132,37 @@ def reference_from(
     recursive: bool = False,
     cache: Path | None = None,
     datasets_root: str | os.PathLike | None = None,
+    crop: str | None = None,
 ) -> InceptionReference:
     """Return the reference statistics of a source, computed once and cached under a name with its content's hash.
 
-    source: a ``.npz`` file (``load_reference``), a name registered in torch-fidelity such as ``cifar10-train``
-    (``datasets_root``: where torchvision finds or puts the files, checking them), or a folder of images (``recursive``:
-    with its sub-folders). keep_features: keep the 2048 features of every image, which KID, precision and recall need.
-    cache: default ``<cache root>/inception``. Raises EdadmError for a source that is none of these.
+    source: a ``.npz`` file of statistics (``load_reference``) or of images (``arr_0``, as ADM's), a name registered in
+    torch-fidelity such as ``cifar10-train`` (``datasets_root``: where torchvision finds or puts the files, checking
+    them), or a folder of images (``recursive``: with its sub-folders). keep_features: keep the 2048 features of every
+    image, which KID, precision and recall need; beside ADM's statistics those of ``arr_0``. crop: a name of
+    ``crops.CROPS`` for images, nothing for statistics. cache: default ``<cache root>/inception``. Raises EdadmError for
+    a source that is none of these.
     """
-    if str(source).endswith(".npz"):
-        return load_reference(Path(source), network)
-    images, name, content = _open(source, recursive, datasets_root)
-    key = hashlib.sha256(f"{content} {network.sha256} {VERSION} {keep_features}".encode()).hexdigest()[:16]
-    path = (cache or cache_root() / "inception") / f"{name}-{key}.npz"
-    if path.is_file():
-        try:
-            return load_reference(path, network)
-        except EdadmError as error:
-            logger.warning("%s; it is built again", error)
-    reference = build_reference(images, network, name, keep_features)
-    save_reference(reference, path)
-    return reference
+    path, folder = Path(source).expanduser(), cache or cache_root() / "inception"
+    if path.suffix == ".npz" and holds(path, "mu"):
+        reference = load_reference(path, network)
+        if keep_features and reference.features is None and holds(path, "arr_0"):
+            batch = _statistics_of(open_images(path, crop=crop), network, True, folder)
+            return dataclasses.replace(reference, features=batch.features)
+        return reference
+    return _statistics_of(open_images(source, recursive, datasets_root, crop), network, keep_features, folder)
+
+
+def _statistics_of(
+    source: ReferenceImages, network: InceptionNetwork, keep_features: bool, folder: Path
+) -> InceptionReference:
+    key = hashlib.sha256(f"{source.content} {network.sha256} {VERSION} {keep_features}".encode()).hexdigest()[:16]
+
+    def build() -> InceptionReference:
+        reference = build_reference(source.images, network, source.name, keep_features)
+        return dataclasses.replace(reference, protocol=source.protocol)
+
+    return cached(folder / f"{source.name}-{key}.npz", network.sha256, build)
 
 
 def build_reference(
@@ -185,73 +178,26 @@ def build_reference(
     """
     workers = _READ_WORKERS if next(network.extractor.parameters()).is_cuda else 0
     pooled, spatial, kept = Moments(), Moments(), []
+    size = None
     for rows in torch.utils.data.DataLoader(images, batch, num_workers=workers):  # type: ignore[arg-type]
         features, positions, _ = _forward(rows, network)
         pooled.add(features)
         spatial.add(positions)
         if keep_features:
             kept.append(features)
+        size = (rows.shape[2], rows.shape[3])
     return InceptionReference(
-        pooled.statistics(), spatial.statistics(), torch.cat(kept) if kept else None, pooled.n, name, network.sha256
-    )
-
-
-def save_reference(reference: InceptionReference, path: Path) -> None:
-    """Write a reference as npz with the fields that ``load_reference`` lists. Raises EdadmError when it cannot."""
-    fields: dict[str, Any] = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance, "n": reference.n}
-    fields["name"] = reference.name
-    if reference.spatial is not None:
-        fields.update(mu_s=reference.spatial.mean, sigma_s=reference.spatial.covariance)
-    if reference.features is not None:
-        fields["features"] = reference.features.numpy()
-    if reference.sha256 is not None:
-        fields["weights_sha256"] = reference.sha256
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.savez(file, **fields)
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise EdadmError(f"cannot write {path}: {error}. Free space or choose another folder.") from error
+        pooled.statistics(), spatial.statistics(), torch.cat(kept) if kept else None, pooled.n, name, network.sha256,
+        size=size,
+    )  # fmt: skip
 
 
 def load_reference(path: str | os.PathLike, network: InceptionNetwork | None = None) -> InceptionReference:
-    """Read reference statistics from a npz file.
+    """Read reference statistics from a npz file, ours, ADM's or pytorch-fid's (``references.load_reference``).
 
-    Fields: ``mu`` (2048,), ``sigma`` (2048, 2048); optional ``mu_s`` (2023,), ``sigma_s``, ``features`` (n, 2048),
-    ``n``, ``name``, ``weights_sha256``. The first four are those of ADM's reference batches, the first two those of
-    pytorch-fid. Raises EdadmError for an unreadable file and for one made with other weights than the network's.
+    Raises EdadmError for an unreadable file and for one made with other weights than the network's.
     """
-    path = Path(path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            value = {key: file[key] for key in _FIELDS if key in file}
-        pooled = _gaussian(value, "mu", "sigma")
-        spatial = _gaussian(value, "mu_s", "sigma_s") if "mu_s" in value else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise EdadmError(f"cannot read reference statistics from {path}: {error}. Expected mu and sigma.") from error
-    sha256 = str(value["weights_sha256"]) if "weights_sha256" in value else None
-    if sha256 is None:
-        logger.warning("%s does not say with which Inception weights it was made", path)
-    elif network is not None and sha256 != network.sha256:
-        raise EdadmError(
-            f"{path} was made with Inception weights {sha256[:8]}, these are {network.sha256[:8]}: build it again"
-        )
-    features = torch.from_numpy(value["features"]).float() if "features" in value else None
-    return InceptionReference(pooled, spatial, features, pooled.n, str(value.get("name", path.stem)), sha256)
-
-
-_FIELDS = ("mu", "sigma", "mu_s", "sigma_s", "features", "n", "name", "weights_sha256")
-
-
-def _gaussian(value: dict[str, np.ndarray], mean: str, covariance: str) -> Statistics:
-    mu, sigma = value[mean].astype(np.float64), value[covariance].astype(np.float64)
-    if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
-        raise ValueError(f"{mean} {mu.shape} and {covariance} {sigma.shape} are no Gaussian")
-    return Statistics(mu, sigma, int(value.get("n", 0)))
+    return references.load_reference(path, network.sha256 if network is not None else None)
 
 
 def _forward(rows: torch.Tensor, network: InceptionNetwork) -> tuple[torch.Tensor, ...]:
@@ -278,46 +224,3 @@ def _need(metric: str, least: int, features: InceptionFeatures, reference: Incep
     n, real = len(features), len(reference.features)
     if min(n, real) < least:
         raise NotAvailable(f"{metric} needs at least {least} images on both sides, got {n} and {real} in the reference")
-
-
-class _Files(torch.utils.data.Dataset):
-    """The images of a folder, read one by one; all must have one size."""
-
-    def __init__(self, files: list[Path]):
-        self.files, self.shape = files, read_image(files[0]).shape
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        image = read_image(self.files[i])
-        if image.shape != self.shape:
-            raise EdadmError(
-                f"{self.files[i]} has shape {tuple(image.shape)}, {self.files[0].name} {tuple(self.shape)}: "
-                "all images of a reference must have one size"
-            )
-        return image
-
-
-def _open(source: str | os.PathLike, recursive: bool, datasets_root: str | os.PathLike | None) -> tuple[Any, str, str]:
-    """Return the images of a reference source, its name, and a text that identifies their content."""
-    from torch_fidelity.registry import DATASETS_REGISTRY
-
-    folder = Path(source)
-    if str(source) in DATASETS_REGISTRY:
-        root = Path(datasets_root or cache_root() / "datasets")
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            images = DATASETS_REGISTRY[str(source)](str(root), datasets_root is None)
-        except (OSError, RuntimeError) as error:
-            raise EdadmError(f"no data set {source} in {root}: {error}. Put its files there.") from error
-        return images, str(source), str(source)  # torchvision checks the files' md5: the name is the content
-    if not folder.is_dir():
-        raise EdadmError(
-            f"no reference at {source}: give a folder of images, a .npz file, or one of {', '.join(DATASETS_REGISTRY)}"
-        )
-    files = image_files(folder, recursive)
-    content = hashlib.sha256()
-    for file in files:
-        content.update(f"{file.relative_to(folder)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    return _Files(files), folder.resolve().name, content.hexdigest()

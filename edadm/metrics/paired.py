@@ -27,14 +27,14 @@ from edadm.metrics.images import check_images
 SQNR_CAP = 150.0  # dB; float32 resolves 20 log10(2^24) = 144.5 dB
 CHUNK = 250
 Denoise = Callable[[torch.Tensor, torch.Tensor], Any]
-"""Network call: x (B, C, H, W) and int64 timesteps (B,) to the noise, as a tensor or as a diffusers output."""
+"""Network call: x (B, C, H, W) and timesteps (B,) to the noise, as a tensor or as a diffusers output."""
 
 
 @dataclass(frozen=True)
 class StepSQNR:
     """Signal and error energy (T, N) float64 of the noise predictions at T steps for N trajectories."""
 
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     signal: np.ndarray
     error: np.ndarray
 
@@ -73,16 +73,16 @@ def sqnr_per_step(
     fp_denoise: Denoise,
     q_denoise: Denoise,
     trajectories_x: torch.Tensor,
-    timesteps: Sequence[int] | torch.Tensor,
+    timesteps: Sequence[float] | torch.Tensor,
     batch: int = 64,
     device: torch.device | str = "cpu",
 ) -> StepSQNR:
     """Compare the noise predictions of two networks on the same x_t of full-precision trajectories.
 
-    trajectories_x: (T, N, C, H, W), the inputs of the T network calls; timesteps: their T timesteps. Raises Diverged
-    naming the step at the first NaN or Inf.
+    trajectories_x: (T, N, C, H, W), the inputs of the T network calls; timesteps: their T timesteps, given to the
+    networks as int64, or as float64 where they are fractional. Raises Diverged naming the step at the first NaN or Inf.
     """
-    visited = [int(t) for t in timesteps]
+    visited = [int(t) if float(t).is_integer() else float(t) for t in timesteps]
     if len(trajectories_x) != len(visited):
         raise ValueError(f"{len(trajectories_x)} steps of trajectories but {len(visited)} timesteps")
     n = trajectories_x.shape[1]
@@ -91,7 +91,8 @@ def sqnr_per_step(
         for start in range(0, n, batch):
             rows = slice(start, start + batch)
             x = x_t[rows].to(device)
-            t = torch.full((len(x),), timestep, device=x.device)
+            dtype = torch.int64 if isinstance(timestep, int) else torch.float64
+            t = torch.full((len(x),), timestep, device=x.device, dtype=dtype)
             signal[step, rows], error[step, rows] = _energies(_noise(fp_denoise(x, t)), _noise(q_denoise(x, t)))
         if not (np.isfinite(signal[step]).all() and np.isfinite(error[step]).all()):
             raise Diverged(f"NaN or Inf in the noise prediction at timestep {timestep} (step {step})")

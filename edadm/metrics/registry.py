@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -11,10 +11,12 @@ import numpy as np
 import torch
 
 from edadm.errors import EdadmError
-from edadm.metrics import bootstrap, inception, paired, tiny
+from edadm.metrics import aesthetic, bootstrap, clip, crops, dinov2, inception, paired, tiny
 from edadm.metrics.frechet import NotAvailable
 from edadm.metrics.images import check_images
 from edadm.metrics.inception_network import InceptionNetwork
+from edadm.metrics.references import FeatureReference
+from edadm.prompts import check_prompts
 
 COMPARABLE_N = 5000  # below, a distance to data says nothing about published ones
 
@@ -51,7 +53,11 @@ METRICS: dict[str, MetricInfo] = {
     "sqnr": MetricInfo("SQNR of the noise prediction", True, "paired", unit="dB"),
     "psnr": MetricInfo("PSNR to FP", True, "paired", unit="dB"),
     "ssim": MetricInfo("SSIM to FP", True, "paired"),
+    "clip": MetricInfo("CLIP score", True, "set"),
+    "aesthetic": MetricInfo("aesthetic score", True, "set"),
+    "fd_dinov2": MetricInfo("FD-DINOv2", False, "reference"),
 }
+INCEPTION = ("fid", "sfid", "is", "kid", "precision", "recall")  # measured in Inception's features
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Reference:
 
     tiny: tiny.TinyReference | None = None
     inception: inception.InceptionReference | None = None
+    dinov2: FeatureReference | None = None
 
 
 def score(
@@ -70,6 +77,11 @@ def score(
     *,
     tiny_network: tiny.TinyNetwork | None = None,
     inception_network: InceptionNetwork | None = None,
+    clip_network: clip.ClipNetwork | None = None,
+    aesthetic_network: aesthetic.AestheticNetwork | None = None,
+    dinov2_network: dinov2.Dinov2Network | None = None,
+    prompts: Sequence[str] | None = None,
+    crop: str | None = None,
     step_sqnr: paired.StepSQNR | None = None,
     seed: int = 0,
     resamples: int = bootstrap.RESAMPLES,
@@ -77,16 +89,21 @@ def score(
     """Score uint8 images (N, 3, H, W) and return a result for each metric, in the order asked for.
 
     fp_images: the full-precision model's images from the same noise, row by row; without them (the full-precision row
-    itself) paired metrics are n/a. step_sqnr: of ``paired.sqnr_per_step``, for ``sqnr``. seed: of the resampling.
-    A network is needed for the metrics that use it; the embedded one is loaded by itself.
+    itself) paired metrics are n/a. prompts: one for each image, for ``clip``. crop: of ``crops.CROPS``, what the
+    reference's images went through; the images get the same before features of Inception, CLIP and DINOv2 and for no
+    other metric. step_sqnr: of ``paired.sqnr_per_step``, for ``sqnr``. seed: of the resampling. A network is needed for
+    the metrics that use it; the embedded one is loaded by itself.
 
     A result is a dict of JSON types: ``value`` (None is n/a), ``n``, ``reason`` (of n/a), ``interval`` (95 % of the
     value, for means over images only: see ``bootstrap``), ``title``, ``unit``, ``higher_is_better``, ``kind``,
     ``proxy``, ``version``; where features are used ``network``, ``network_sha256``; for kind "reference" ``reference``,
-    ``reference_n``; ``note`` where n is too small for published values. Distances in embedded features carry
-    ``difference_to_fp``: value, interval, corrected, corrected_interval, resamples (``bootstrap.FrechetDifference``).
+    ``reference_n``, and ``reference_protocol`` where its images were cropped or its statistics are another program's;
+    ``note`` where n is too small for published values. Distances in embedded features carry ``difference_to_fp``:
+    value, interval, corrected, corrected_interval, resamples (``bootstrap.FrechetDifference``), CLIP and aesthetic
+    scores its value and interval.
 
-    Raises EdadmError for an unknown metric, or one whose reference or network is not given.
+    Raises EdadmError for an unknown metric, one whose reference, network or prompts are not given, prompts that do not
+    count as the images do, and a reference of images of another size.
     """
     names = list(metric_names)
     unknown = [name for name in names if name not in METRICS]
@@ -98,36 +115,13 @@ def score(
             f"{len(images)} images {tuple(images.shape[1:])} do not pair up with {len(fp_images)} full-precision ones "
             f"{tuple(fp_images.shape[1:])}: both need the same noise and number"
         )
-    run = _Run(images, fp_images, reference, tiny_network, inception_network, step_sqnr, seed, resamples)
+    if "clip" in names:
+        check_prompts(() if prompts is None else prompts, len(images), "clip needs prompts")
+    run = _Run(
+        images, fp_images, reference, tiny_network, inception_network, clip_network, aesthetic_network, dinov2_network,
+        prompts or (), crop, step_sqnr, seed, resamples,
+    )  # fmt: skip
     return {name: _result(name, run) for name in names}
-
-
-def difference(
-    images: torch.Tensor,
-    other: torch.Tensor,
-    name: str,
-    reference: Reference,
-    fp_images: torch.Tensor | None = None,
-    *,
-    tiny_network: tiny.TinyNetwork | None = None,
-    seed: int = 0,
-    resamples: int = bootstrap.RESAMPLES,
-) -> dict[str, Any]:
-    """Compare two methods by a metric: its value for images minus that for other, with a paired interval over images.
-
-    Both uint8 (N, 3, H, W) from the same noise, row by row. name: fd_tiny, sfd_tiny, psnr or ssim; the last two need
-    fp_images. Returns the entries of ``difference_to_fp`` (``score``); means of images have no ``corrected``. Raises
-    EdadmError for another metric, NotAvailable for fewer than 2 images.
-    """
-    a = _Run(images, fp_images, reference, tiny_network, None, None, seed, resamples)
-    b = _Run(other, fp_images, reference, tiny_network, None, None, seed, resamples)
-    if name in _LAYERS:
-        return _frechet_difference(a, a.tiny_features, b.tiny_features, _LAYERS[name])
-    if name in ("psnr", "ssim"):
-        values = paired.psnr if name == "psnr" else paired.ssim
-        estimate = bootstrap.mean_interval(values(a.fp(), images) - values(b.fp(), other), a.rng)
-        return {"value": estimate.value, "interval": [estimate.low, estimate.high]}
-    raise EdadmError(f"no paired difference for {name}: choose from {', '.join(_LAYERS)}, psnr, ssim")
 
 
 @dataclass
@@ -139,9 +133,15 @@ class _Run:
     reference: Reference
     given_tiny_network: tiny.TinyNetwork | None
     given_inception_network: InceptionNetwork | None
+    given_clip_network: clip.ClipNetwork | None
+    given_aesthetic_network: aesthetic.AestheticNetwork | None
+    given_dinov2_network: dinov2.Dinov2Network | None
+    prompts: Sequence[str]
+    crop: str | None
     step_sqnr: paired.StepSQNR | None
     seed: int
     resamples: int
+    _kept_embeddings: dict[tuple[str, str, str], torch.Tensor] = field(default_factory=dict)
 
     @property
     def rng(self) -> np.random.Generator:
@@ -169,7 +169,59 @@ class _Run:
     def inception_reference(self) -> inception.InceptionReference:
         if self.reference.inception is None:
             raise EdadmError("fid, sfid, kid, precision and recall need Reference.inception: inception.reference_from")
-        return self.reference.inception
+        return self._of_this_size(self.reference.inception)
+
+    @cached_property
+    def clip_network(self) -> clip.ClipNetwork:
+        if self.given_clip_network is None:
+            raise EdadmError("clip needs clip_network: load it with clip.load_network and pass it")
+        return self.given_clip_network
+
+    @cached_property
+    def aesthetic_network(self) -> aesthetic.AestheticNetwork:
+        if self.given_aesthetic_network is None:
+            raise EdadmError("aesthetic needs aesthetic_network: load it with aesthetic.load_network and pass it")
+        return self.given_aesthetic_network
+
+    @cached_property
+    def dinov2_network(self) -> dinov2.Dinov2Network:
+        if self.given_dinov2_network is None:
+            raise EdadmError("fd_dinov2 needs dinov2_network: load it with dinov2.load_network and pass it")
+        return self.given_dinov2_network
+
+    @cached_property
+    def dinov2_reference(self) -> FeatureReference:
+        if self.reference.dinov2 is None:
+            raise EdadmError("fd_dinov2 needs Reference.dinov2: dinov2.reference_from")
+        return self._of_this_size(self.reference.dinov2)
+
+    def _of_this_size(self, reference: FeatureReference) -> FeatureReference:
+        size = (self.cropped.shape[2], self.cropped.shape[3])
+        if reference.size is not None and reference.size != size:
+            raise EdadmError(
+                f"the images of reference {reference.name!r} are {reference.size[1]} x {reference.size[0]}, the scored "
+                f"ones {size[1]} x {size[0]}: choose the reference of this size, or metrics.crop for both"
+            )
+        return reference
+
+    @cached_property
+    def cropped(self) -> torch.Tensor:
+        """The images as they go into the large feature networks."""
+        return crops.crop_all(self.images, self.crop)
+
+    def embeddings(self, network: clip.ClipNetwork) -> torch.Tensor:
+        """Return the CLIP embeddings of the images, made once for all metrics of one CLIP model."""
+        return self._embedded("images", network, lambda: self.cropped)
+
+    def fp_embeddings(self, network: clip.ClipNetwork) -> torch.Tensor:
+        """Return the CLIP embeddings of the full-precision images."""
+        return self._embedded("fp_images", network, lambda: crops.crop_all(self.fp(), self.crop))
+
+    def _embedded(self, which: str, network: clip.ClipNetwork, images: Callable[[], torch.Tensor]) -> torch.Tensor:
+        key = (which, network.name, network.sha256)
+        if key not in self._kept_embeddings:
+            self._kept_embeddings[key] = clip.image_embeddings(images(), network)
+        return self._kept_embeddings[key]
 
     @cached_property
     def tiny_features(self) -> tiny.TinyFeatures:
@@ -181,7 +233,7 @@ class _Run:
 
     @cached_property
     def inception_features(self) -> inception.InceptionFeatures:
-        return inception.extract(self.images, self.inception_network)
+        return inception.extract(self.cropped, self.inception_network)
 
     @cached_property
     def precision_recall(self) -> tuple[float, float]:
@@ -259,8 +311,41 @@ def _inception(run: _Run, measure: Callable[[_Run], float | tuple[float, float]]
 
 
 def _inception_distance(run: _Run, measure: Callable[[_Run], float | tuple[float, float]]) -> dict[str, Any]:
-    reference = run.inception_reference
-    return _inception(run, measure) | {"reference": reference.name, "reference_n": reference.n or None}
+    return _inception(run, measure) | _against(run.inception_reference)
+
+
+def _against(reference: FeatureReference) -> dict[str, Any]:
+    found: dict[str, Any] = {"reference": reference.name, "reference_n": reference.n or None}
+    return found if reference.protocol is None else found | {"reference_protocol": reference.protocol}
+
+
+def _clip(run: _Run) -> dict[str, Any]:
+    network = run.clip_network
+    prompts = clip.text_embeddings(run.prompts, network)
+    return _embedded_mean(run, network, lambda embeddings: clip.scores(embeddings, prompts)) | {"network": network.name}
+
+
+def _aesthetic(run: _Run) -> dict[str, Any]:
+    network, head = run.aesthetic_network.clip, run.aesthetic_network.head
+    result = _embedded_mean(run, network, lambda embeddings: aesthetic.scores(embeddings, head))
+    return result | {"network": f"{network.name}, head {head.name}", "head_sha256": head.sha256}
+
+
+def _embedded_mean(
+    run: _Run, network: clip.ClipNetwork, measure: Callable[[torch.Tensor], np.ndarray]
+) -> dict[str, Any]:
+    """Return the mean over images of a value of their CLIP embeddings, and its paired difference to full precision."""
+    values = measure(run.embeddings(network))
+    result = _mean(run, values) | {"network_sha256": network.sha256}
+    if run.fp_images is not None and len(values) > 1:
+        result["difference_to_fp"] = _mean(run, values - measure(run.fp_embeddings(network)))
+    return result
+
+
+def _fd_dinov2(run: _Run) -> dict[str, Any]:
+    network, reference = run.dinov2_network, run.dinov2_reference
+    value = dinov2.fd_dinov2(dinov2.extract(run.cropped, network), reference.pooled)
+    return {"value": value, "network": network.name, "network_sha256": network.sha256} | _against(reference)
 
 
 def _mean(run: _Run, values: np.ndarray) -> dict[str, Any]:
@@ -291,4 +376,7 @@ _SCORERS: dict[str, Callable[[_Run], dict[str, Any]]] = {
     "sqnr": _sqnr,
     "psnr": lambda run: _mean(run, paired.psnr(run.fp(), run.images)),
     "ssim": lambda run: _mean(run, paired.ssim(run.fp(), run.images)),
+    "clip": _clip,
+    "aesthetic": _aesthetic,
+    "fd_dinov2": _fd_dinov2,
 }

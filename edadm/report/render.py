@@ -2,188 +2,152 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edadm.report.diff import markdown_table
+from edadm.comparison import Difference
+from edadm.report import sheet
+from edadm.report.contrasts import Contrast
+from edadm.report.sheet import Line, Note, Sheet
 from edadm.report.table import FEW_IMAGES, Cell, Column, Row, Table
 
 _DIGITS = 4
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "±": r"$\pm$",
-    "↑": r"$\uparrow$",
-    "↓": r"$\downarrow$",
-    "∞": r"$\infty$",
-    "–": "--",
-    "…": r"\ldots{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-} | {character: f"\\{character}" for character in "&%$#_{}"}
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 0.3rem; }
-table { border-collapse: collapse; margin: 0.8rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.8rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid #444; }
-tr.fp td { background: #f4f4f4; }
-.off { color: #b00020; }
-.notes { color: #444; font-size: 0.9rem; }
-code { background: #f4f4f4; padding: 0.1rem 0.3rem; }
-img { max-width: 100%; margin-top: 1rem; }
-"""
 
 
 def markdown(tables: Sequence[Table]) -> str:
     """Return the tables as Markdown that reads well in a terminal too."""
-    return "\n".join(_markdown(table) for table in tables)
+    return sheet.markdown(sheets(tables))
 
 
-def _markdown(table: Table) -> str:
-    rows = [[_bold(text, best) for text, best in _texts(table, row)] for row in table.rows]
-    lines = [f"## {table.heading}", ""]
-    if table.subtitle:
-        lines += [table.subtitle, ""]
-    lines += [markdown_table(_header(table), rows)]
-    lines += [f"- {note}" for note in table.notes]
-    lines += [f"- Missing: {gap.what}: `{gap.command}`" for gap in table.missing]
-    lines += [f"- {title}: {text}" for title, text in _foot(table)]
-    return "\n".join(lines) + "\n"
+def latex(tables: Sequence[Table]) -> str:
+    """Return the tables as LaTeX (package booktabs) with their notes below."""
+    return sheet.latex(sheets(tables))
 
 
-def _bold(text: str, best: bool) -> str:
-    return f"**{text}**" if best else text
+def page(tables: Sequence[Table], title: str, pictures: Sequence[tuple[str, Path]] = ()) -> str:
+    """Return one self-contained HTML page: the tables, and pictures (caption, PNG file) embedded in it."""
+    return sheet.page(sheets(tables), title, pictures)
+
+
+def sheets(tables: Sequence[Table]) -> list[Sheet]:
+    """Return for each table its sheet and those of its paired differences."""
+    return [one for table in tables for one in (_main(table), *differences(table))]
+
+
+def _main(table: Table) -> Sheet:
+    notes = [Note(text) for text in table.notes]
+    notes += [Note(f"Missing: {gap.what}", gap.command) for gap in table.missing]
+    notes += [Note(f"{title}: {text}") for title, text in _foot(table)]
+    lines = tuple(_line(table, row) for row in table.rows)
+    return Sheet(table.heading, tuple(_header(table)), lines, tuple(notes), table.subtitle)
+
+
+def _line(table: Table, row: Row) -> Line:
+    texts = _texts(table, row)
+    bold = frozenset(index for index, (_, best) in enumerate(texts) if best)
+    return Line(tuple(text for text, _ in texts), bold, "fp" if row.is_fp else "", " ".join(row.hashes))
+
+
+def differences(table: Table) -> list[Sheet]:
+    """Return a sheet for each row that the others are compared with: full precision and the table's own reference."""
+    return [_contrast(table, contrast) for contrast in table.contrasts]
+
+
+def _contrast(table: Table, contrast: Contrast) -> Sheet:
+    shown = [
+        index for index in range(len(table.columns)) if any(found[index] is not None for _, found in contrast.rows)
+    ]
+    header = ("method", *(_title(table, table.columns[index]) for index in shown), "seeds")
+    decimals = {index: difference_decimals([found[index] for _, found in contrast.rows]) for index in shown}
+    lines = []
+    for label, found in contrast.rows:
+        texts = [interval_text(found[index], decimals[index]) for index in shown]
+        bold = frozenset(place + 1 for place, index in enumerate(shown) if (one := found[index]) and one.finding)
+        seeds = sorted({len(one.seeds) for one in found if one is not None})
+        lines.append(Line((label, *texts, " or ".join(map(str, seeds))), bold))
+    notes = [
+        "a [b, c]: mean over seeds of the paired difference on the same noise, and its 95 % interval over "
+        "images and, from two seeds on, seeds (docs/statistics.md).",
+        "Bold: the interval excludes zero, with at least 3 seeds.",
+    ]
+    if any(one.seed_deviation is None for _, found in contrast.rows for one in found if one is not None):
+        notes.append("With one seed the interval covers images only, not another calibration and reconstruction.")
+    heading = f"{table.heading}: minus {contrast.to}"
+    return Sheet(heading, header, tuple(lines), tuple(map(Note, notes)), table.subtitle)
+
+
+def interval_text(found: Difference | None, decimals: int) -> str:
+    """Return a difference with its interval, all with their signs; a dash where there is none."""
+    if found is None:
+        return "–"
+    low, high = found.interval
+    return f"{found.value:+.{decimals}f} [{low:+.{decimals}f}, {high:+.{decimals}f}]"
+
+
+def difference_decimals(found: Sequence[Difference | None]) -> int:
+    """Return the decimals that give the narrowest interval two significant digits."""
+    widths = [one.half_width for one in found if one is not None and one.half_width > 0]
+    return min(6, max(0, 1 - math.floor(math.log10(min(widths))))) if widths else _DIGITS
 
 
 def csv(tables: Sequence[Table]) -> str:
     """Return one line for each metric of each row, with everything that groups the tables; for pandas."""
-    import pandas as pd
-
-    lines = [
-        _csv_line(table, row, column, cell)
-        for table in tables
-        for row in table.rows
-        for column, cell in zip(table.columns, row.cells, strict=True)
-    ]
-    text: str = pd.DataFrame(lines).to_csv(index=False, lineterminator="\n")
-    return text
+    return sheet.csv(
+        [
+            _csv_line(table, row, column, cell)
+            for table in tables
+            for row in table.rows
+            for column, cell in zip(table.columns, row.cells, strict=True)
+        ]
+    )
 
 
 def _csv_line(table: Table, row: Row, column: Column, cell: Cell) -> dict[str, Any]:
     low, high = cell.interval or (None, None)
     values = {"mean": cell.mean, "std": cell.std, "low": low, "high": high}
-    return table.facts | {
-        "method": row.label,
-        "metric": column.name,
-        "higher_is_better": column.higher_is_better,
-        "proxy": column.proxy,
-        "unit": column.unit,
-        **values,
-        "status": cell.text or "ok",
-        "best": cell.best,
-        "outside_expected_band": cell.off_band,
-        "seeds": " ".join(map(str, row.seeds)),
-        "n": column.n,
-        "quantization_seconds": row.seconds,
-        "quantization_peak_mib": row.peak_mib,
-        "comparable_with_published": table.facts["n_images"] >= FEW_IMAGES,
-        "protocol": "; ".join(f"{name}={value}" for name, value in table.protocol.items()),
-        "records": " ".join(row.hashes),
-    }
-
-
-def latex(tables: Sequence[Table]) -> str:
-    """Return the tables as LaTeX (package booktabs) with their notes below."""
-    return "\n".join(_latex(table) for table in tables)
-
-
-def _latex(table: Table) -> str:
-    header = [_tex(text) for text in _header(table)]
-    rows = [[_tex_cell(text, best) for text, best in _texts(table, row)] for row in table.rows]
-    notes = [*table.notes, *(f"Missing: {gap.what}: {gap.command}" for gap in table.missing)]
-    notes += [f"{title}: {text}" for title, text in _foot(table)]
-    caption = ". ".join(_tex(text) for text in (table.heading, table.subtitle) if text)
-    body = [" & ".join(line) + r" \\" for line in rows]
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{caption}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
-            r"\toprule",
-            " & ".join(header) + r" \\",
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\par\footnotesize",
-            *[_tex(note) + r"\\" for note in notes],
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-def _tex_cell(text: str, best: bool) -> str:
-    return rf"\textbf{{{_tex(text)}}}" if best else _tex(text)
-
-
-def _tex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
-
-
-def page(tables: Sequence[Table], title: str, pictures: Sequence[tuple[str, Path]] = ()) -> str:
-    """Return one self-contained HTML page: the tables, and pictures (caption, PNG file) embedded in it."""
-    sections = [_section(table) for table in tables]
-    images = [
-        f'<h2>{html.escape(caption)}</h2>\n<img alt="{html.escape(caption)}" '
-        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-        for caption, path in pictures
-    ]
-    return "\n".join(
-        [
-            "<!doctype html>",
-            f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
-            f"<style>{_STYLE}</style></head><body>",
-            f"<h1>{html.escape(title)}</h1>",
-            *sections,
-            *images,
-            "</body></html>",
-            "",
-        ]
-    )
-
-
-def _section(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in _header(table))
-    rows = "\n".join(_html_row(table, row) for row in table.rows)
-    notes = [html.escape(note) for note in table.notes]
-    notes += [f"Missing: {html.escape(gap.what)}: <code>{html.escape(gap.command)}</code>" for gap in table.missing]
-    notes += [f"{title}: {html.escape(text)}" for title, text in _foot(table)]
-    items = "\n".join(f"<li>{note}</li>" for note in notes)
-    subtitle = f"<p>{html.escape(table.subtitle)}</p>\n" if table.subtitle else ""
     return (
-        f"<h2>{html.escape(table.heading)}</h2>\n{subtitle}<table><thead><tr>{head}</tr></thead>\n"
-        f'<tbody>\n{rows}\n</tbody></table>\n<ul class="notes">\n{items}\n</ul>'
+        table.facts
+        | {
+            "method": row.label,
+            "metric": column.name,
+            "higher_is_better": column.higher_is_better,
+            "proxy": column.proxy,
+            "unit": column.unit,
+            **values,
+            "status": cell.text or "ok",
+            "best": cell.best,
+            "outside_expected_band": cell.off_band,
+            "seeds": " ".join(map(str, row.seeds)),
+            "n": column.n,
+            "quantization_seconds": row.seconds,
+            "quantization_peak_mib": row.peak_mib,
+            "comparable_with_published": table.facts["n_images"] >= FEW_IMAGES,
+            "protocol": "; ".join(f"{name}={value}" for name, value in table.protocol.items()),
+            "records": " ".join(row.hashes),
+        }
+        | _csv_differences(table, row, column)
     )
 
 
-def _html_row(table: Table, row: Row) -> str:
-    kind = ' class="fp"' if row.is_fp else ""
-    cells = "".join(_html_cell(text, best) for text, best in _texts(table, row))
-    return f'<tr{kind} title="{" ".join(row.hashes)}">{cells}</tr>'
-
-
-def _html_cell(text: str, best: bool) -> str:
-    escaped = html.escape(text)
-    off = ' class="off"' if text.endswith("(!)") else ""
-    return f"<td{off}><strong>{escaped}</strong></td>" if best else f"<td{off}>{escaped}</td>"
+def _csv_differences(table: Table, row: Row, column: Column) -> dict[str, Any]:
+    """Return the paired differences of a cell, empty where there are none."""
+    index = table.columns.index(column)
+    values: dict[str, Any] = {}
+    for contrast in table.contrasts:
+        found = dict(contrast.rows).get(row.label, (None,) * len(table.columns))[index]
+        low, high = (None, None) if found is None else found.interval
+        name = f"minus_{contrast.to}"
+        values |= {
+            name: None if found is None else found.value,
+            f"{name}_low": low,
+            f"{name}_high": high,
+            f"{name}_without_bias": None if found is None else found.value - found.bias,
+            f"{name}_seeds": None if found is None else len(found.seeds),
+        }
+    return values
 
 
 def _header(table: Table) -> list[str]:

@@ -1,7 +1,8 @@
 """Tables from records: which runs share a table, a row and a cell, and what must be said under it.
 
 A table holds runs that differ in the method only: same task, bits, scope, preset, profile, number of images and
-protocol. A row is a method with its non-default slots, over seeds.
+protocol. A row is a method with its non-default slots, over seeds. Where the runs were resampled (`edadm.compare`), the
+paired differences of the rows to EDA-DM and to full precision follow, and decide what is bold.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from edadm.comparison import FEW_SEEDS, RESAMPLED, Draws, newest_by_seed
 from edadm.records import Record, date
+from edadm.report.contrasts import FULL_PRECISION, REFERENCE, Contrast, contrasts_of, winner
 from edadm.report.diff import flatten
 from edadm.report.labels import base_label, by_label, plain
 from edadm.report.missing import Missing, command, fp_command, missing_seeds
 from edadm.store import content_hash
 
 FEW_IMAGES = 5000
-FEW_SEEDS = 3
+COMPARE = "python -m edadm.compare"
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,24 @@ class Table:
     notes: tuple[str, ...]
     missing: tuple[Missing, ...]
     protocol: dict[str, Any]
+    contrasts: tuple[Contrast, ...] = ()
 
 
 Group = tuple[Any, ...]
 
 
-def tables(records: Iterable[Record]) -> list[Table]:
-    """Return one table for each group of comparable runs, sorted by what they share; full precision opens each."""
+def tables(
+    records: Iterable[Record], draws: Mapping[str, Draws] | None = None, reference: str = REFERENCE
+) -> list[Table]:
+    """Return one table for each group of comparable runs, sorted by what they share; full precision opens each.
+
+    draws: of the runs, by hash; without them no row is compared with another. reference: the label of the row with
+    which the others are compared besides full precision.
+    """
     families: dict[Group, list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda record: (record.hash, date(record))):
         families[family(record)].append(record)
-    return [table for key in sorted(families) for table in _family_tables(families[key])]
+    return [table for key in sorted(families) for table in _family_tables(families[key], draws or {}, reference)]
 
 
 def family(record: Record) -> Group:
@@ -95,28 +105,34 @@ def family(record: Record) -> Group:
     return (record.task, record.n_images, record.precision, content_hash(plain(record.protocol)))
 
 
-def _group(record: Record) -> Group:
+def group(record: Record) -> Group:
     """Return what the runs of one table share beyond their family."""
     bits = record.bits
     return (record.profile, record.scope, record.preset, -bits.weight, -bits.act, -bits.softmax)
 
 
-def _family_tables(family: list[Record]) -> list[Table]:
+def _family_tables(family: list[Record], draws: Mapping[str, Draws], reference: str) -> list[Table]:
     full_precision = [record for record in family if record.is_fp]
     groups: dict[Group, list[Record]] = defaultdict(list)
     for record in family:
         if not record.is_fp:
-            groups[_group(record)].append(record)
+            groups[group(record)].append(record)
     if not groups:
-        return [_table(full_precision, full_precision, [])]
+        return [_table(full_precision, full_precision, [], draws, reference)]
     found = []
     for key in sorted(groups):
         siblings = [record for other in groups if other[:3] == key[:3] for record in groups[other]]
-        found.append(_table(groups[key], full_precision, siblings))
+        found.append(_table(groups[key], full_precision, siblings, draws, reference))
     return found
 
 
-def _table(group: list[Record], full_precision: list[Record], siblings: list[Record]) -> Table:
+def _table(
+    group: list[Record],
+    full_precision: list[Record],
+    siblings: list[Record],
+    draws: Mapping[str, Draws],
+    reference: str,
+) -> Table:
     """Build one table from its runs, the FP runs, and the runs at all bit widths that are otherwise alike."""
     first = group[0]
     quantized = [record for record in group if not record.is_fp]
@@ -130,10 +146,16 @@ def _table(group: list[Record], full_precision: list[Record], siblings: list[Rec
         rows.append(_row(label, runs, columns, notes))
         missing += _missing_metrics(label, runs, columns)
     missing += missing_seeds(labelled, siblings, first)
-    notes += _differences(labelled, columns)
     demo = first.profile == "demo"
+    contrasts: tuple[Contrast, ...] = ()
     if not demo:
-        rows = _mark_best(rows, columns)
+        missing += _missing_draws([*full_precision, *quantized], draws)
+        by_seed = {label: newest_by_seed(runs) for label, runs in labelled.items()}
+        rows = _mark_best(rows, columns, by_seed, draws)
+        names = [column.name for column in columns]
+        contrasts = contrasts_of(by_seed, newest_by_seed(full_precision), names, draws, reference)
+    if FULL_PRECISION not in {contrast.to for contrast in contrasts}:
+        notes += _differences(labelled, columns)
     return Table(
         heading=f"demo profile, n={first.n_images}: too few for a verdict" if demo else _title(first),
         subtitle=_title(first) if demo else "",
@@ -143,6 +165,7 @@ def _table(group: list[Record], full_precision: list[Record], siblings: list[Rec
         notes=(*notes, *_general_notes(first, columns, rows, demo)),
         missing=tuple(missing),
         protocol=flatten(first.protocol) if first.protocol else {},
+        contrasts=contrasts,
     )
 
 
@@ -192,8 +215,8 @@ def _fp_row(
     """Return the full-precision row, flagged where it misses the band that the task expects."""
     if not runs:
         missing.append(Missing("the full-precision row", fp_command(first)))
-        return replace(_row("FP", [], columns, notes), is_fp=True)
-    row = _row("FP", runs, columns, notes)
+        return replace(_row(FULL_PRECISION, [], columns, notes), is_fp=True)
+    row = _row(FULL_PRECISION, runs, columns, notes)
     bands = {name: band for record in (first, *runs) for name, band in record.expected_band.items()}
     cells = list(row.cells)
     for index, column in enumerate(columns):
@@ -286,42 +309,38 @@ def _missing_metrics(label: str, runs: list[Record], columns: Sequence[Column]) 
     ]
 
 
-def _mark_best(rows: list[Row], columns: Sequence[Column]) -> list[Row]:
-    """Mark the best quantized row of every metric, and those that seeds do not tell from it.
+def _missing_draws(records: Iterable[Record], draws: Mapping[str, Draws]) -> list[Missing]:
+    """Return what must be resampled before the rows can be compared."""
+    absent = {
+        FULL_PRECISION if record.is_fp else base_label(record)
+        for record in records
+        if record.status == "ok" and record.hash not in draws and not record.metrics.keys().isdisjoint(RESAMPLED)
+    }
+    return [Missing(f"paired differences of {', '.join(sorted(absent))}", COMPARE)] if absent else []
 
-    Two rows are told apart when their means differ by more than two standard errors of the difference over seeds.
-    """
-    cells = {row.label: list(row.cells) for row in rows}
+
+def _mark_best(
+    rows: Sequence[Row],
+    columns: Sequence[Column],
+    runs: Mapping[str, Mapping[int, Record]],
+    draws: Mapping[str, Draws],
+) -> list[Row]:
+    """Mark the quantized row that is found better than every other one in a metric, if there is one."""
+    marked = [list(row.cells) for row in rows]
     for index, column in enumerate(columns):
-        rivals = [row for row in rows if not row.is_fp and row.cells[index].mean is not None]
-        if column.higher_is_better is None or len(rivals) < 2:
-            continue
-        pick: Callable[..., Row] = max if column.higher_is_better else min
-        best = pick(rivals, key=lambda row: row.cells[index].mean)
-        for row in rivals:
-            if _tied(row, best, index):
-                cells[row.label][index] = replace(row.cells[index], best=True)
-    return [replace(row, cells=tuple(cells[row.label])) for row in rows]
-
-
-def _tied(row: Row, best: Row, index: int) -> bool:
-    """Say whether seeds do not tell a row from the best one; a single seed is lent the other row's spread."""
-    one, other = row.cells[index], best.cells[index]
-    if one.mean == other.mean:
-        return True
-    spread = [cell.std for cell in (one, other) if cell.std is not None]
-    if not spread or one.mean is None or other.mean is None:
-        return False
-    variances = [(cell.std if cell.std is not None else spread[0]) ** 2 for cell in (one, other)]
-    error = math.sqrt(variances[0] / len(row.seeds) + variances[1] / len(best.seeds))
-    return abs(one.mean - other.mean) <= 2 * error
+        rivals = {row.label: runs[row.label] for row in rows if not row.is_fp and row.cells[index].mean is not None}
+        best = winner(rivals, column.name, column.higher_is_better, draws)
+        for row, cells in zip(rows, marked):
+            cells[index] = replace(cells[index], best=row.label == best and not row.is_fp)
+    return [replace(row, cells=tuple(cells)) for row, cells in zip(rows, marked)]
 
 
 def _general_notes(first: Record, columns: Sequence[Column], rows: Sequence[Row], demo: bool) -> list[str]:
     notes = []
     if any(cell.best for row in rows for cell in row.cells):
         notes.append(
-            "Bold: the best quantized row of a metric, and every row within two standard errors (over seeds) of it."
+            f"Bold: better than every other quantized row, whose paired 95 % interval excludes zero with at least "
+            f"{FEW_SEEDS} seeds (docs/statistics.md)."
         )
     if not demo and any(0 < len(row.seeds) < FEW_SEEDS for row in rows if not row.is_fp):
         notes.append(f"Rows with fewer than {FEW_SEEDS} seeds support no claim about a method.")

@@ -12,6 +12,11 @@ from edadm.metrics.inception_network import InceptionNetwork, load_network
 from edadm.metrics.tiny_network import TinyResNet
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("EDADM_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

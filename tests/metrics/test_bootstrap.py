@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from edadm.metrics.bootstrap import (
-    _Resampled,
     frechet_difference,
+    frechet_draws,
     frechet_infinity,
     mean_interval,
     resample_counts,
     resampled_means,
+    resampled_statistics,
 )
 from edadm.metrics.frechet import NotAvailable, Statistics, frechet_distance, statistics, symmetric_sqrt
 
@@ -36,13 +37,18 @@ def test_counts_sum_to_the_number_of_images(rng):
 
 
 @pytest.mark.parametrize("n", [50, 8])  # more and fewer images than features
-def test_weighted_distance_equals_that_of_the_repeated_rows(rng, reference, n):
-    x, _ = draw(reference, n, rng, 1.2, 0.1)
-    counts = resample_counts(n, 1, rng)[0]
-    repeated = np.repeat(x, counts.astype(int), axis=0)
-    found = _Resampled(x, reference, symmetric_sqrt(reference.covariance))(counts)
-    # rel: with fewer images than features, eigenvalues that are 0 up to 1e-16 enter as their square roots
-    assert found == pytest.approx(frechet_distance(reference, statistics(repeated)), rel=1e-7)
+def test_resamples_equal_the_repeated_rows(rng, reference, n):
+    x, fp = draw(reference, n, rng, 1.2, 0.1)
+    counts = resample_counts(n, 3, rng)
+    resampled, resampled_fp = resampled_statistics(x, counts), resampled_statistics(fp, counts)
+    to_reference, to_fp = frechet_draws(resampled, reference), frechet_draws(resampled, resampled_fp)
+    for number, times in enumerate(counts.astype(int)):
+        repeated, repeated_fp = (statistics(np.repeat(z, times, axis=0)) for z in (x, fp))
+        np.testing.assert_allclose(resampled.mean[number], repeated.mean)
+        np.testing.assert_allclose(resampled.covariance[number], repeated.covariance, atol=1e-12)
+        # rel: with fewer images than features, eigenvalues that are 0 up to 1e-16 enter as their square roots
+        assert to_reference[number] == pytest.approx(frechet_distance(reference, repeated), rel=1e-7)
+        assert to_fp[number] == pytest.approx(frechet_distance(repeated_fp, repeated), rel=1e-6)
 
 
 def test_equal_seeds_give_equal_intervals(rng, reference):

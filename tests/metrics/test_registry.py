@@ -9,7 +9,7 @@ import torch
 from edadm.errors import EdadmError
 from edadm.metrics import inception, paired, registry, tiny
 from edadm.metrics.bootstrap import frechet_difference
-from edadm.metrics.registry import METRICS, Reference, difference, score
+from edadm.metrics.registry import METRICS, Reference, score
 
 from .conftest import random_images
 
@@ -151,15 +151,3 @@ def test_inception_metrics_share_one_pass(inception_network, monkeypatch):
     assert found["fid"]["reference_n"] == 40 and "not comparable" in found["fid"]["note"]
     assert found["fid"]["network_sha256"] == inception_network.sha256
     json.dumps(found, allow_nan=False)
-
-
-def test_methods_are_compared_pairwise(images, fp, reference, tiny_network):
-    options = {"tiny_network": tiny_network, "resamples": 20}
-    found = difference(images, fp, "fd_tiny", reference, **options)
-    assert found == score(images, ["fd_tiny"], reference, fp, **options)["fd_tiny"]["difference_to_fp"]
-    better = tiny.jpeg(fp, 80)
-    found = difference(better, images, "psnr", reference, fp)
-    assert found["value"] == pytest.approx(np.mean(paired.psnr(fp, better) - paired.psnr(fp, images)))
-    assert 0 < found["interval"][0] < found["value"] < found["interval"][1]
-    with pytest.raises(EdadmError, match="choose from fd_tiny, sfd_tiny, psnr, ssim"):
-        difference(images, fp, "fid", reference)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
+from edadm.comparison import Draws, MetricDraws
 from edadm.records import Bits, Record, Stage
 from edadm.store import content_hash
 
@@ -56,3 +60,17 @@ def record(
 def fp(fd: float = 5.0, **fields: Any) -> Record:
     """Return the full-precision row of the toy task."""
     return record("fp", bits="fp", fd=fd, sqnr=None, **({"stages": {}} | fields))
+
+
+def resampled(records: Iterable[Record], spread: float = 0.1) -> dict[str, Draws]:
+    """Return draws of every metric of some records, by hash: their values with a noise of their own."""
+    found = {}
+    for number, run in enumerate(records):
+        noise = spread * np.random.default_rng(number).standard_normal(100)
+        metrics = {
+            name: MetricDraws(result["value"], result["n"], 1, tuple(result["value"] + noise - noise.mean()))
+            for name, result in run.metrics.items()
+            if result.get("value") is not None
+        }
+        found[run.hash] = Draws(run.hash, run.task, 1234, 1, metrics)
+    return found

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from edadm import journal
+from edadm.comparison import write_draws
 from edadm.records import write
 from edadm.report.__main__ import main
-from tests.report.records_for_tests import fp, record
+from tests.report.records_for_tests import fp, record, resampled
 
 
 @pytest.fixture
@@ -60,6 +61,27 @@ def test_two_records_are_compared(results: Path, capsys: pytest.CaptureFixture) 
     a, b = record(sweep="first").hash, record("rtn").hash
     assert main(["--results", str(results), "--diff", a[:10], b]) == 0
     assert "| method " in capsys.readouterr().out
+
+
+def test_verdicts_and_wins_come_from_records_and_draws(results: Path, capsys: pytest.CaptureFixture) -> None:
+    runs = [
+        record(method, seed, fd=fd + seed / 10, task="cifar10_tiny")
+        for method, fd in (("edadm", 10.0), ("qdiffusion", 20.0))
+        for seed in range(3)
+    ]
+    for run in runs:
+        write(run, results)
+    for draws in resampled(runs).values():
+        write_draws(draws, results)
+    assert main(["--results", str(results), "--verdicts"]) == 0
+    output = capsys.readouterr().out
+    assert "| I-1: EDA-DM is better than Q-Diffusion at W4A8 | Table I, FID | supported |" in " ".join(output.split())
+    assert "1 supported, 0 contradicted" in output
+    assert main(["--results", str(results), "--ranks"]) == 0
+    assert "| fd_tiny | edadm | 4 | 3 | 1 | 0 |" in " ".join(capsys.readouterr().out.split())
+    assert main(["--results", str(results), "--verdicts", "--format", "csv"]) == 0
+    text = Path(capsys.readouterr().out.strip()).read_text()
+    assert text.startswith("claim,source,statement,metric,verdict") and "not available yet" in text
 
 
 @pytest.mark.parametrize(

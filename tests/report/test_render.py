@@ -10,7 +10,7 @@ import pytest
 from edadm.records import Record
 from edadm.report import render
 from edadm.report.table import tables
-from tests.report.records_for_tests import fp, metric, record
+from tests.report.records_for_tests import fp, metric, record, resampled
 
 
 @pytest.fixture
@@ -26,19 +26,29 @@ def records() -> list[Record]:
 MARKDOWN = """\
 ## toy, W4A8, scope full, preset released, profile reference, n=2048
 
-| method | fd_tiny ↓ (proxy) |      sqnr ↑ (dB) | seeds | images | quant. s | peak MiB |
-| ------ | ----------------: | ---------------: | ----: | -----: | -------: | -------: |
-| FP     |          5.00 (!) |              n/a |     1 |   2048 |          |          |
-| edadm  |  **11.00 ± 1.00** | **20.00 ± 0.00** |     3 |   2048 |     66.0 |      900 |
-| rtn    |      41.00 ± 1.00 | **20.00 ± 0.00** |     3 |   2048 |     66.0 |      900 |
+| method | fd_tiny ↓ (proxy) |  sqnr ↑ (dB) | seeds | images | quant. s | peak MiB |
+| ------ | ----------------: | -----------: | ----: | -----: | -------: | -------: |
+| FP     |          5.00 (!) |          n/a |     1 |   2048 |          |          |
+| edadm  |  **11.00 ± 1.00** | 20.00 ± 0.00 |     3 |   2048 |     66.0 |      900 |
+| rtn    |      41.00 ± 1.00 | 20.00 ± 0.00 |     3 |   2048 |     66.0 |      900 |
 
 - (!) FP has fd_tiny 5, outside of [6, 8] that the task expects: explain this before trusting any row.
 """
 
 
+DIFFERENCES = """\
+## toy, W4A8, scope full, preset released, profile reference, n=2048: minus edadm
+
+| method |           fd_tiny ↓ (proxy) |          sqnr ↑ (dB) | seeds |
+| ------ | --------------------------: | -------------------: | ----: |
+| rtn    | **+30.00 [+29.84, +30.16]** | +0.00 [-0.16, +0.16] |     3 |
+"""
+
+
 def test_markdown_is_what_a_person_expects(records: list[Record]) -> None:
-    text = render.markdown(tables(records[:-1]))
+    text = render.markdown(tables(records[:-1], resampled(records)))
     assert text.startswith(MARKDOWN)
+    assert DIFFERENCES in text
     assert "- Proxies (fd_tiny): " in text
     assert "not comparable with published FID" in text
     assert "reference.sha256 aaaaaaaaaaaa…; precision fp32; softmax bits 8" in text
@@ -58,16 +68,27 @@ def test_every_format_is_stable_to_the_byte(records: list[Record], style) -> Non
 
 
 def test_csv_reads_back_with_pandas(records: list[Record]) -> None:
-    found = pd.read_csv(io.StringIO(render.csv(tables(records))))
+    found = pd.read_csv(io.StringIO(render.csv(tables(records, resampled(records)))))
     line = found[(found["method"] == "edadm") & (found["metric"] == "fd_tiny")].iloc[0]
     assert (line["mean"], line["std"], line["best"], line["seeds"]) == (11.0, 1.0, True, "0 1 2")
     assert not line["comparable_with_published"]
     assert set(found[found["method"] == "brecq"]["status"]) == {"failed"}
     assert found[found["method"] == "FP"]["outside_expected_band"].any()
+    assert (line["minus_FP"], line["minus_FP_seeds"]) == (6.0, 3)
+    assert line["minus_FP_low"] < 6.0 < line["minus_FP_high"] and math.isnan(line["minus_edadm"])
+    rtn = found[(found["method"] == "rtn") & (found["metric"] == "fd_tiny")].iloc[0]
+    assert [rtn["minus_edadm"], rtn["minus_edadm_without_bias"]] == pytest.approx([30.0, 30.0])
+
+
+def test_a_single_seed_says_what_its_interval_leaves_out() -> None:
+    runs = [record("edadm", fd=10.0), record("rtn", fd=12.0)]
+    text = render.markdown(tables(runs, resampled(runs)))
+    assert "With one seed the interval covers images only" in text
+    assert "**" not in text
 
 
 def test_latex_escapes_and_closes(records: list[Record]) -> None:
-    text = render.latex(tables(records))
+    text = render.latex(tables(records, resampled(records)))
     assert r"fd\_tiny $\downarrow$ (proxy)" in text
     assert r"\textbf{11.00 $\pm$ 1.00}" in text
     assert r"failed: a\_b \& 5 \%" in text
@@ -78,7 +99,7 @@ def test_latex_escapes_and_closes(records: list[Record]) -> None:
 def test_html_is_one_file_that_needs_nothing_else(records: list[Record], tmp_path: Path) -> None:
     picture = tmp_path / "x.png"
     picture.write_bytes(b"png")
-    text = render.page(tables(records), "a <b>", [("curve", picture)])
+    text = render.page(tables(records, resampled(records)), "a <b>", [("curve", picture)])
     assert "a &lt;b&gt;" in text
     assert "<strong>11.00 ± 1.00</strong>" in text
     assert '<td class="off">5.00 (!)</td>' in text

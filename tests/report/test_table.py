@@ -7,7 +7,7 @@ import pytest
 from edadm.records import Record
 from edadm.report import frame
 from edadm.report.table import Cell, Row, Table, tables
-from tests.report.records_for_tests import fp, metric, record
+from tests.report.records_for_tests import fp, metric, record, resampled
 
 
 def one(records: list[Record]) -> Table:
@@ -82,35 +82,83 @@ def test_full_precision_outside_of_the_expected_band_is_flagged(value: float, of
     assert any("outside of [4, 6]" in note for note in table.notes) is off
 
 
+def bold(records: list[Record], spread: float = 0.1) -> set[tuple[str, str]]:
+    [table] = tables(records, resampled(records, spread))
+    return {(row.label, column.name) for row in table.rows for column, c in zip(table.columns, row.cells) if c.best}
+
+
 def test_the_best_follows_the_direction_of_the_metric() -> None:
-    records = [fp(0.1), record("edadm", fd=10.0, sqnr=18.0), record("rtn", fd=30.0, sqnr=25.0)]
-    table = one(records)
-    best = {(row.label, column.name) for row in table.rows for column, c in zip(table.columns, row.cells) if c.best}
-    assert best == {("edadm", "fd_tiny"), ("rtn", "sqnr")}
+    records = [fp(0.1), *seeds("edadm", [10.0, 10.1, 10.2], sqnr=18.0), *seeds("rtn", [30.0, 30.1, 30.2], sqnr=25.0)]
+    assert bold(records) == {("edadm", "fd_tiny"), ("rtn", "sqnr")}
 
 
-def test_ties_over_seeds_are_marked_as_ties() -> None:
-    records = [
-        *seeds("edadm", [10.0, 11.0, 12.0]),
-        *seeds("brecq", [10.5, 11.5, 12.5]),
-        *seeds("rtn", [40.0, 41.0, 42.0]),
-    ]
-    table = one([fp(), *records])
-    assert {row.label for row in table.rows if row.cells[0].best} == {"edadm", "brecq"}
+def test_nothing_is_bold_that_is_not_told_from_every_other_row() -> None:
+    edadm, rtn = seeds("edadm", [10.0, 11.0, 12.0]), seeds("rtn", [40.0, 41.0, 42.0])
+    assert bold([*edadm, *rtn]) == {("edadm", "fd_tiny")}
+    brecq = seeds("brecq", [10.5, 11.0, 12.5])
+    assert bold([*edadm, *rtn, *brecq]) == set()
+
+
+def test_noise_of_the_images_alone_can_hide_the_best() -> None:
+    records = [*seeds("edadm", [10.0, 10.0, 10.0]), *seeds("rtn", [11.0, 11.0, 11.0])]
+    assert bold(records, spread=0.1) == {("edadm", "fd_tiny")}
+    assert bold(records, spread=5.0) == set()
+
+
+def test_two_seeds_or_missing_draws_make_nothing_bold() -> None:
+    few = [*seeds("edadm", [10.0, 10.0]), *seeds("rtn", [30.0, 30.0])]
+    assert bold(few) == set()
+    many = [*seeds("edadm", [10.0] * 3), *seeds("rtn", [30.0] * 3)]
+    [table] = tables(many, resampled(many[:-1]))
+    assert not any(c.best for r in table.rows for c in r.cells)
+    assert "paired differences of rtn" in {gap.what for gap in table.missing}
 
 
 def test_no_winner_without_a_rival_or_a_direction() -> None:
-    assert not any(c.best for r in one([fp(), record()]).rows for c in r.cells)
-    plain = {"x": {"value": 1.0, "n": 4}}
-    table = one([record("edadm", metrics=plain), record("rtn", metrics=plain)])
-    assert not any(c.best for r in table.rows for c in r.cells)
+    assert bold([fp(), *seeds("edadm", [10.0] * 3)]) == set()
+    plain = [
+        record(method, seed, metrics={"x": {"value": value, "n": 4}})
+        for method, value in (("edadm", 1.0), ("rtn", 9.0))
+        for seed in range(3)
+    ]
+    assert bold(plain) == set()
+
+
+def test_rows_are_compared_with_edadm_and_full_precision() -> None:
+    records = [fp(5.0), *seeds("edadm", [10.0, 11.0, 12.0]), *seeds("rtn", [13.0, 15.0, 14.0])]
+    [table] = tables(records, resampled(records))
+    to_edadm, to_fp = table.contrasts
+    assert (to_edadm.to, [label for label, _ in to_edadm.rows]) == ("edadm", ["rtn"])
+    assert (to_fp.to, [label for label, _ in to_fp.rows]) == ("FP", ["edadm", "rtn"])
+    fd_tiny, sqnr = dict(to_fp.rows)["edadm"]
+    assert fd_tiny.value == pytest.approx(6.0) and fd_tiny.seed_deviation == pytest.approx(1.0)
+    assert sqnr is None  # full precision is not compared with itself
+    assert dict(to_edadm.rows)["rtn"][0].value == pytest.approx(3.0)  # of 3, 4 and 2
+
+
+def test_another_row_can_be_the_reference() -> None:
+    records = [*seeds("edadm", [10.0]), *seeds("rtn", [13.0])]
+    [table] = tables(records, resampled(records), "rtn")
+    [contrast] = table.contrasts
+    assert (contrast.to, dict(contrast.rows)["edadm"][0].value) == ("rtn", pytest.approx(-3.0))
+
+
+def test_without_draws_the_table_says_how_to_make_them() -> None:
+    records = [fp(), *seeds("edadm", [10.0])]
+    [table] = tables(records)
+    assert table.contrasts == ()
+    assert {gap.what: gap.command for gap in table.missing} == {
+        "paired differences of FP, edadm": "python -m edadm.compare"
+    }
 
 
 def test_the_demo_is_headed_as_no_verdict_and_marks_no_winner() -> None:
     demo = {"profile": "demo", "n_images": 256}
-    table = one([fp(**demo), record("edadm", fd=10.0, **demo), record("rtn", fd=50.0, **demo)])
+    records = [fp(**demo), *seeds("edadm", [10.0] * 3, **demo), *seeds("rtn", [50.0] * 3, **demo)]
+    [table] = tables(records, resampled(records))
     assert table.heading == "demo profile, n=256: too few for a verdict"
     assert not any(c.best for r in table.rows for c in r.cells)
+    assert table.contrasts == () and table.missing == ()
     assert not any("Bold" in note for note in table.notes)
 
 
@@ -194,7 +242,7 @@ def test_differences_to_full_precision_are_noted() -> None:
 
 
 def commands(records: list[Record]) -> dict[str, str]:
-    return {gap.what: gap.command for table in tables(records) for gap in table.missing}
+    return {gap.what: gap.command for table in tables(records, resampled(records)) for gap in table.missing}
 
 
 def test_a_missing_full_precision_row_names_its_command() -> None:
