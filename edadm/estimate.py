@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
 from edadm.keys import Run
 from edadm.progress import duration
+from edadm.sampling.guidance import denoise_for
+from edadm.sampling.interface import unwrap
+from edadm.sampling.noise import EVALUATION
 from edadm.tasks.base import noise_prediction
 
 PASSES = 2  # timed after one that warms up
+SLOW = 1.0  # seconds of one image
 # The work of a stage in forward passes of one row, measured on cifar10_tiny on a CPU.
 WEIGHT_RANGES = 150.0
 ACTIVATION_RANGES = 2.5  # a calibration row
@@ -25,7 +30,17 @@ def stage_seconds(run: Run, seconds_per_row: float) -> dict[str, float]:
 
     seconds_per_row: of a full-precision forward pass. Good to a factor of about two.
     """
+    return {
+        stage: count * seconds_per_row
+        for stage, count in stage_passes(run).items()
+        if run.store.find(stage, run.key(stage)) is None
+    }
+
+
+def stage_passes(run: Run) -> dict[str, float]:
+    """Return the work of every stage of a run in forward passes of one row; no weights are read."""
     settings, steps = run.settings, len(run.sampler.timesteps)
+    calls = len(run.calibration_sampler.timesteps)
     rows, images, along = settings["profile.rows"], settings["n_images"], settings["metrics.sqnr_rows"]
     quantization = WEIGHT_RANGES + ACTIVATION_RANGES * rows
     for phase in run.optimizer.phases() if run.optimizer is not None else ():
@@ -38,27 +53,31 @@ def stage_seconds(run: Run, seconds_per_row: float) -> dict[str, float]:
         if not run.loaded:
             passes |= {"quantized": quantization}
             if not run.calibration_file:
-                passes |= {"trajectories": rows * steps}
-    if run.images_folder:
-        passes = {}
-    return {
-        stage: count * seconds_per_row
-        for stage, count in passes.items()
-        if run.store.find(stage, run.key(stage)) is None
-    }
+                passes |= {"trajectories": rows * calls}
+    return {} if run.images_folder else passes
 
 
 def seconds_per_row(run: Run) -> float:
-    """Time a full-precision forward pass of the task's network and return its seconds per row."""
+    """Time a full-precision forward pass of the task's network and return its seconds per image.
+
+    Under guidance this is that of two rows. A network so slow that one image takes long is timed on one image once.
+    """
+    network = noise_prediction(run.task.denoiser(run.device))
+    if (once := _seconds(run, network, rows=1, passes=1)) > SLOW:
+        return once
     rows = min(run.settings["chunk"], 16)
-    denoise = noise_prediction(run.task.denoiser(run.device))
+    _seconds(run, network, rows, passes=1)
+    return _seconds(run, network, rows, PASSES)
+
+
+def _seconds(run: Run, network: Callable[..., torch.Tensor], rows: int, passes: int) -> float:
+    denoise = denoise_for(network, run.guidance, EVALUATION, run.settings["evaluation_seed"], range(rows), run.device)
     x, timestep = torch.zeros(rows, *run.task.sample_shape, device=run.device), torch.zeros(rows, device=run.device)
     with torch.no_grad():
-        denoise(x, timestep)
         started = time.perf_counter()
-        for _ in range(PASSES):
-            denoise(x, timestep).sum().item()
-    return (time.perf_counter() - started) / (PASSES * rows)
+        for _ in range(passes):
+            unwrap(denoise(x, timestep)).sum().item()
+    return (time.perf_counter() - started) / (passes * rows)
 
 
 def announcement(run: Run, baseline: Run | None) -> str:

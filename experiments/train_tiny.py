@@ -96,7 +96,7 @@ def train_denoiser(args: argparse.Namespace, device: torch.device, checkpoint: P
     images, labels = load_cifar10("train")
     batches = Shuffled(images, labels, args.batch, args.seed)
     model = load_unet2d(args.init) if args.init else UNet2DModel(**DENOISER_CONFIG)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=torch.channels_last).train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr or 4e-4, weight_decay=0.0)
     steps = int(args.epochs * batches.steps_per_epoch)

@@ -31,8 +31,13 @@ def settings(*overrides: str) -> config.Settings:
 
 
 def words(group: str, name: str) -> list[str]:
-    published = ["method=edadm"] if (group, name) == ("scope", "published") else []
-    return [*published, f"{group}={name}"]
+    beside = {
+        "scope=published": ["method=edadm"],
+        "model=sd14": ["dataset=coco"],
+        "dataset=imagenet": ["model=dit_xl_2"],
+    }
+    word = f"{group}={name}"
+    return [*beside.get(word, []), word]
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES, ids=[f"{group}={name}" for group, name in CHOICES])
@@ -191,8 +196,38 @@ def test_a_pair_of_model_and_dataset_finds_its_task() -> None:
     assert (values["task.name"], values["sampler.steps"]) == ("cifar10_tiny", 7)
 
 
+def test_a_model_or_dataset_alone_finds_the_only_task_that_has_it() -> None:
+    values = settings("model=ldm8_church")
+    assert (values["task.name"], values["sampler.beta_end"]) == ("lsun_church_ldm8", 0.0155)
+    assert settings("dataset=drawbench")["task.name"] == "drawbench_sd14"
+    with pytest.raises(EdadmError, match=r"coco_sd14, drawbench_sd14 .*task="):
+        settings("model=sd14")
+
+
+def test_a_task_of_the_paper_is_the_papers_experiment() -> None:
+    values = settings("task=lsun_bedroom_ldm4", "bits=w4a8")
+    assert (
+        values["profile"] | {"name": "paper", "rows": 1024, "iterations": 5000, "range_batches": 32}
+        == values["profile"]
+    )
+    assert (values["sampler.name"], values["sampler.steps"], values["sampler.eta"]) == ("ddim_leading", 200, 1.0)
+    assert values.recipe().lr_act == 5e-3 and values.variant == {}
+    guided = settings("task=coco_sd14")
+    assert (guided["sampler.name"], guided["sampler.guidance_scale"], guided["scope.split"]) == ("plms", 7.5, False)
+    assert settings("task=imagenet_ldm4", "bits=w8a8").recipe().lr_weight == 1e-4
+
+
+def test_another_sampler_of_the_images_leaves_the_calibration_as_it_is() -> None:
+    values = settings("task=imagenet_ldm4", "sampler=dpm_solver", "sampler.steps=10")
+    calibrating = values["calibration_sampler"]
+    assert (calibrating["name"], calibrating["steps"], values["sampler.name"]) == ("ddim_leading", 20, "dpm_solver")
+    assert values.variant == {} and not config.has_own_sampler(values)
+    other = settings("task=imagenet_ldm4", "sampler@calibration_sampler=plms")
+    assert other.variant == {"calibration_sampler": "plms"} and config.has_own_sampler(other)
+    fewer = settings("task=imagenet_ldm4", "calibration_sampler.steps=10")
+    assert fewer.variant == {"calibration_sampler.steps": 10}
+
+
 def test_a_pair_without_a_task_is_skipped_and_lists_the_pairs() -> None:
-    composed = config.compose()
-    composed.dataset.name = "imagenet"
     with pytest.raises(config.Skipped, match=r"dataset=imagenet.*dataset=cifar10"):
-        config.settings(composed, ["model=cifar10_tiny"])
+        settings("model=cifar10_tiny", "dataset=imagenet")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from edadm.errors import EdadmError
 from edadm.store import content_hash, file_sha256
@@ -16,20 +17,34 @@ if TYPE_CHECKING:
 
     from edadm.sampling.guidance import Conditions
 
+_OF_A_MODEL = (".json", ".safetensors", ".bin")
+_OF_A_TOKENIZER = ("merges.txt", "vocab.txt")
+
+
+class Decoder(Protocol):
+    """What makes images of samples that are latents; nothing is read before it is called."""
+
+    version: ClassVar[int]
+
+    def on(self, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the function from float32 latents (B, c, h, w) to uint8 images (B, 3, H, W)."""
+
 
 @dataclass(frozen=True)
 class Task:
     """A denoiser, the shape of its samples and what full precision is expected to score.
 
-    weights: the folder of the denoiser. load: reads that folder into a float32 module.
-    expected_band: metric -> (lowest, highest) value of the full-precision model in the profile ``reference``.
+    weights: the file or folder that the denoiser is read from; None where the user has not said which, and ``remedy``
+    then says what to give. load: reads it into a float32 module. others: further files or folders that images depend
+    on. hashed: sub-folders of ``weights`` that belong to the checkpoint, default all of it.
+    expected_band: metric -> (lowest, highest) value of the full-precision model in the profile ``expected_profile``.
     prediction_type: as diffusers' schedulers name it. learned_variance: the output holds the variance beside the noise.
     conditions: makes what the images are of, at no cost until rows are asked for; None for an unconditional model.
-    guided_channels: see `edadm.sampling.guidance.Guidance`.
+    guided_channels: see `edadm.sampling.guidance.Guidance`. decoder: None where samples are images.
     """
 
     name: str
-    weights: Path
+    weights: Path | None
     sample_shape: tuple[int, int, int]
     load: Callable[[Path], nn.Module]
     expected_band: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -37,17 +52,38 @@ class Task:
     learned_variance: bool = False
     conditions: Callable[[], Conditions] | None = None
     guided_channels: int | None = None
+    decoder: Decoder | None = None
+    others: tuple[Path, ...] = ()
+    hashed: tuple[str, ...] = ()
+    remedy: str = "set model.path"
+    expected_profile: str = "reference"
 
     def denoiser(self, device: str = "cpu") -> nn.Module:
         """Return the denoiser in float32 and evaluation mode, a new one at each call."""
-        return self.load(self.weights).to(device).eval().requires_grad_(False)
+        return self.load(self.location()).to(device).eval().requires_grad_(False)
+
+    def location(self) -> Path:
+        """Return the file or folder of the weights. Raises EdadmError when none was given or it is not there."""
+        if self.weights is None:
+            raise EdadmError(f"task {self.name} needs weights: {self.remedy}")
+        if not self.weights.exists():
+            raise EdadmError(f"model.path={self.weights} does not exist: {self.remedy}")
+        return self.weights
+
+    def to_images(self, device: str = "cpu") -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the function from float32 samples to uint8 images."""
+        from edadm.sampling.generate import to_uint8
+
+        return to_uint8 if self.decoder is None else self.decoder.on(device)
 
     def sha256(self) -> str:
-        """Return a hash of the denoiser's files, the identity of the checkpoint in every key."""
-        if not self.weights.is_dir():
-            raise EdadmError(f"no denoiser in {self.weights}: model.path must be a folder that diffusers can load")
-        files = sorted(path for path in self.weights.iterdir() if path.suffix in (".json", ".safetensors"))
-        return content_hash({path.name: file_sha256(path) for path in files})
+        """Return a hash of the checkpoint's files, its identity in every key."""
+        weights = self.location()
+        identity = _file(weights) if weights.is_file() else _folder(weights, self.hashed)
+        if not self.others:
+            return identity
+        others = [_file(path) if path.is_file() else _folder(path) for path in self.others]
+        return content_hash([identity, *others])
 
 
 def noise_prediction(network: nn.Module) -> Callable[..., torch.Tensor]:
@@ -64,16 +100,35 @@ def load_unet2d(folder: Path) -> nn.Module:
 
     Raises EdadmError naming missing, extra and mis-shaped keys, and tensors with NaN or Inf.
     """
-    import json
-
     from diffusers import UNet2DModel
-    from safetensors.torch import load_file
 
-    from edadm.tasks.ddim_checkpoint import load_state
+    from edadm.tasks.model_folder import load_model
 
-    config, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
-    for file in (config, weights):
-        if not file.is_file():
-            raise EdadmError(f"{file} is missing: model.path must be a folder saved by UNet2DModel.save_pretrained")
-    model = UNet2DModel.from_config(json.loads(config.read_text(encoding="utf-8")))
-    return load_state(model, load_file(weights), str(weights))
+    model = load_model(folder)
+    if not isinstance(model, UNet2DModel):
+        raise EdadmError(f"{folder} holds a {type(model).__name__}: model.path must be the folder of a UNet2DModel")
+    return model
+
+
+def _folder(folder: Path, parts: tuple[str, ...] = ()) -> str:
+    roots = [folder / part for part in parts if (folder / part).exists()] or [folder]
+    files = sorted(
+        path
+        for root in roots
+        for path in ([root] if root.is_file() else root.rglob("*"))
+        if path.suffix in _OF_A_MODEL or path.name in _OF_A_TOKENIZER
+    )
+    if not files:
+        raise EdadmError(f"no model in {folder}: model.path must be a folder that diffusers can load")
+    return content_hash({path.relative_to(folder).as_posix(): _file(path) for path in files})
+
+
+def _file(path: Path) -> str:
+    facts = path.stat()
+    return _hash_of_content(path, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _hash_of_content(path: Path, size: int, changed: int) -> str:
+    """Hash a file once in a process, as long as its size and time of change stay."""
+    return file_sha256(path)

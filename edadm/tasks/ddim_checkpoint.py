@@ -96,3 +96,25 @@ def load_checkpoint(model: Any, path: str | Path) -> nn.Module:
     state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     require(DDIM, state, str(path))
     return load_state(model, convert(state, len(model.config.block_out_channels)), str(path))
+
+
+# the network of the checkpoint: three levels of 256 channels below one of 128, attention at 16 x 16
+CIFAR10 = {
+    "sample_size": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "freq_shift": 1,
+    "flip_sin_to_cos": False,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (128, 256, 256, 256),
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "downsample_padding": 0,
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-6,
+}

@@ -128,6 +128,48 @@ def load_ldm(path: str | Path, params: LdmParams) -> LatentDiffusion:
     return LatentDiffusion(network, autoencoder, alphas_cumprod, factor, embedder)
 
 
+def load_unet(path: str | Path, params: LdmParams) -> nn.Module:
+    """Read the UNet alone, of a checkpoint file or of a folder that `save_ldm` wrote; errors as of `load_ldm`."""
+    if Path(path).is_dir():
+        return load_model(_part(path, "unet"))
+    state = ldm_state(path)
+    noise_schedule(state, params, str(path))
+    return convert_unet(unet_state(state, params, str(path)), params.unet, f"{path} ({compvis_unet.PREFIX}*)")
+
+
+def load_autoencoder(path: str | Path, params: LdmParams) -> nn.Module:
+    """Read the autoencoder alone, the factor of its latents in ``config.scaling_factor``; see `load_unet`."""
+    if Path(path).is_dir():
+        return load_model(_part(path, "vae"))
+    state = ldm_state(path)
+    factor = scale_factor(state, params, str(path))
+    own = _below(state, first_stage.PREFIX)
+    return convert_first_stage(own, params.first_stage, factor, f"{path} ({first_stage.PREFIX}*)")
+
+
+def load_class_embedding(path: str | Path, params: LdmParams) -> Tensor:
+    """Read the class embedding alone, float32 (n_classes, width), its last row the null class; see `load_unet`."""
+    if Path(path).is_dir():
+        tensors = read_file(_part(path, "ldm.safetensors"))
+        if _CLASS_EMBEDDING not in tensors:
+            raise EdadmError(f"{path} is an unconditional model: it has no {_CLASS_EMBEDDING}")
+        return tensors[_CLASS_EMBEDDING].float()
+    assert params.n_classes is not None and params.unet.context_dim is not None
+    embedder = class_embedder(ldm_state(path), params.n_classes, params.unet.context_dim, str(path))
+    return embedder.embedding.weight.detach()
+
+
+def _part(folder: str | Path, name: str) -> Path:
+    """Return a part of a converted model's folder. Raises EdadmError when it is not there."""
+    part = Path(folder) / name
+    if not part.exists():
+        raise EdadmError(
+            f"{folder} has no {name}: give the original checkpoint file, or a folder with unet/, vae/ and "
+            "ldm.safetensors that edadm.tasks.ldm_checkpoint.save_ldm wrote"
+        )
+    return part
+
+
 def ldm_state(path: str | Path) -> dict[str, Tensor]:
     """Return the state dict of a latent diffusion checkpoint; EdadmError says what another file is."""
     state = state_dict(read_file(path), str(path), section="state_dict")

@@ -15,13 +15,16 @@ import torch
 from torch import nn
 
 from edadm.errors import EdadmError
-from edadm.tasks.checkpoint_file import read_file
+from edadm.tasks.checkpoint_file import read_file, state_dict
 from edadm.tasks.conversion import Source, convert, fill
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "VQModel", "AutoencoderKL")
 ATTENTION_HEADS = "edadm_attention_heads"
 DOWNSCALE_FREQ_SHIFT = "edadm_downscale_freq_shift"
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# names of attention layers in folders that early versions of diffusers saved, as those of Stable Diffusion v1
+_EARLY_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+_EARLY_DIT = ("Transformer2DModel", "ada_norm_zero")  # class and norm_type of early folders of a DiT
 
 
 def empty_model(class_name: str, config: Mapping[str, Any]) -> nn.Module:
@@ -51,22 +54,39 @@ def empty_model(class_name: str, config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def load_model(folder: str | Path) -> nn.Module:
-    """Read a folder of ``save_pretrained`` (safetensors) in float32 and evaluation mode, our config fields applied.
+def load_model(folder: str | Path, **config: Any) -> nn.Module:
+    """Read a folder of ``save_pretrained`` in float32 and evaluation mode, our config fields applied.
 
+    config: fields that replace those of the folder. Weights are safetensors, else a .bin that holds tensors only; what
+    early versions of diffusers named otherwise is read, too.
     Raises EdadmError when a file is missing or broken, and naming missing, extra and mis-shaped keys.
     """
     folder = Path(folder)
-    config_file, weights = folder / "config.json", folder / _WEIGHTS
+    config_file = folder / "config.json"
+    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), folder / _WEIGHTS[0])
     for file in (config_file, weights):
         if not file.is_file():
             raise EdadmError(f"{file} is missing: give a folder saved by save_pretrained with safetensors")
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        saved = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise EdadmError(f"{config_file} is no JSON: {error}") from error
-    model = empty_model(str(config.get("_class_name")), config)
-    return fill(model, convert(read_file(weights), Source, model, str(weights)), str(weights))
+    class_name = str(saved.get("_class_name"))
+    if (class_name, saved.get("norm_type")) == _EARLY_DIT:
+        class_name = "DiTTransformer2DModel"
+    model = empty_model(class_name, saved | config)
+    state = state_dict(read_file(weights), str(weights))
+    return fill(model, convert(state, lambda name: Source(_name_in(state, name)), model, str(weights)), str(weights))
+
+
+def _name_in(state: Mapping[str, Any], name: str) -> str:
+    """Return the name that a folder has for a tensor."""
+    if name in state or ".attentions." not in name:
+        return name
+    for current, early in _EARLY_NAMES.items():
+        if (found := name.replace(f".{current}.", f".{early}.")) in state:
+            return found
+    return name
 
 
 def _set_attention_heads(model: nn.Module, heads: int) -> None:

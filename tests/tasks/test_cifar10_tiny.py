@@ -45,7 +45,7 @@ def test_a_folder_without_weights_says_which_file_is_missing(tmp_path: Path) -> 
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(EdadmError, match="safetensors is missing"):
         cifar10_tiny(str(tmp_path)).denoiser()
-    with pytest.raises(EdadmError, match="no denoiser"):
+    with pytest.raises(EdadmError, match="does not exist"):
         cifar10_tiny(str(tmp_path / "nowhere")).sha256()
 
 

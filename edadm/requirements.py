@@ -1,0 +1,229 @@
+"""What a task needs, what of it is here, and what to expect: ``python run.py task=... check=true``.
+
+Takes seconds; nothing is downloaded, and no weights are read but those of an embedded model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edadm.config import Settings
+from edadm.errors import EdadmError
+from edadm.estimate import seconds_per_row, stage_passes
+from edadm.keys import Run, build_part
+from edadm.metrics.images import image_files
+from edadm.progress import duration
+from edadm.store import Store, cache_root
+from edadm.tasks import weights
+from edadm.tasks.base import Task
+
+HERE, MISSING, FETCHED = "here", "MISSING", "fetched on first use"
+COPIES = 3  # of the denoiser in memory while it is reconstructed: float weights, quantized ones, what is learned
+WORKING_MEMORY = 4e9  # bytes of activations beside it, for the tasks of the paper
+EFFICIENCY = 0.35  # of a network against a plain matrix product on the same device
+
+
+@dataclass(frozen=True)
+class Need:
+    """One thing that a task needs: its state, what was found, and what to do where it is missing."""
+
+    what: str
+    state: str
+    found: str
+    remedy: str = ""
+
+    @property
+    def line(self) -> str:
+        """The need as one line of text."""
+        return f"  {self.what:<12} {self.state}: {self.found}" + (f"; {self.remedy}" if self.remedy else "")
+
+
+def report(settings: Settings) -> tuple[str, bool]:
+    """Return what a run of these settings needs as text, and whether nothing is missing."""
+    task = task_without_download(settings)
+    run = Run(settings, task, Store(), _device(settings), torch.get_num_threads())
+    needs = list(needs_of(run))
+    lines = [f"{settings.label} on task {task.name}, profile {settings['profile.name']}", "Needs"]
+    lines += [need.line for need in needs]
+    lines += ["Takes", *time_lines(run), "Full precision", *expectation_lines(run)]
+    missing = [need.what for need in needs if need.state == MISSING]
+    lines.append(f"Missing: {', '.join(missing)}" if missing else "Nothing is missing.")
+    return "\n".join(lines), not missing
+
+
+def task_without_download(settings: Settings) -> Task:
+    """Return the task with those of its weights that are on this machine."""
+    part = dict(settings["task"])
+    for name in ("path", "first_stage"):
+        given = part.get(name)
+        if given is not None and weights.is_hub_name(given):
+            place = weights.local(given)
+            part[name] = None if place is None else str(place)
+    task: Task = build_part(part)
+    return task
+
+
+def _device(settings: Settings) -> str:
+    named = str(settings["device"])
+    return ("cuda" if torch.cuda.is_available() else "cpu") if named == "auto" else named
+
+
+def needs_of(run: Run) -> Iterator[Need]:
+    """Return everything that a run needs, in the order in which it would be missed."""
+    yield _weights(run)
+    if "prompts" in run.settings["task"]:
+        yield _package("transformers", "text")
+        yield _prompts(run)
+    if run.needs_inception:
+        yield _reference(run)
+        yield _inception_weights(run)
+    for name in ("clip", "aesthetic"):
+        if name in run.metrics:
+            yield _clip_weights(run, name)
+    if "parameters" in run.settings["model"]:
+        yield _memory(run)
+    yield _disk(run)
+
+
+def _weights(run: Run) -> Need:
+    given = run.settings["model.path"]
+    try:
+        place = run.task.location()
+    except EdadmError:
+        wanted = "model.path is not set" if given is None else f"model.path={given} is not on this machine"
+        remedy = run.task.remedy
+        if given is not None and weights.is_hub_name(str(given)):
+            return Need("weights", FETCHED, f"{given} on the hub, needs a network")
+        return Need("weights", MISSING, wanted, remedy)
+    files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
+    return Need("weights", HERE, f"{place} ({sum(file.stat().st_size for file in files) / 1e9:.1f} GB)")
+
+
+def _package(name: str, extra: str) -> Need:
+    if importlib.util.find_spec(name) is None:
+        return Need("package", MISSING, name, f"pip install 'edadm[{extra}]'")
+    return Need("package", HERE, name)
+
+
+def _prompts(run: Run) -> Need:
+    path = run.settings["task.prompts"]
+    remedy = "set dataset.prompts to captions_val2014.json of MS-COCO, or to a text file with one prompt a line"
+    if path is None:
+        return Need("prompts", MISSING, "dataset.prompts is not set", remedy)
+    try:
+        from edadm.tasks.text import split_prompts
+
+        evaluated, calibration = split_prompts(path, run.settings["task.calibration_prompts"])
+    except EdadmError as error:
+        return Need("prompts", MISSING, str(error))
+    return Need("prompts", HERE, f"{len(evaluated)} to evaluate, {len(calibration)} others to calibrate")
+
+
+def _reference(run: Run) -> Need:
+    source = run.settings["metrics.inception.reference"]
+    remedy = "set metrics.inception.reference to a folder of the real images, or to an .npz with their statistics"
+    if source is None:
+        return Need("reference", MISSING, "metrics.inception.reference is not set", remedy)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        count = len(image_files(path, recursive=True))
+        return Need("reference", HERE if count > 1 else MISSING, f"{path} with {count} images")
+    if path.is_file():
+        return Need("reference", HERE, str(path))
+    if path.suffix or "/" in source:
+        return Need("reference", MISSING, f"{source} does not exist", remedy)
+    return Need("reference", FETCHED, f"{source}, by torch-fidelity")
+
+
+def _inception_weights(run: Run) -> Need:
+    given = run.settings["metrics.inception.weights"]
+    if given is not None:
+        return Need("Inception", HERE if Path(given).expanduser().is_file() else MISSING, str(given))
+    kept = list((Path(torch.hub.get_dir()) / "checkpoints").glob("weights-inception-2015-12-05*"))
+    if kept:
+        return Need("Inception", HERE, str(kept[0]))
+    return Need("Inception", FETCHED, "0.1 GB, by torch-fidelity; else give metrics.inception.weights")
+
+
+def _clip_weights(run: Run, name: str) -> Need:
+    given = run.settings["metrics"].get(name, {}).get("weights")
+    if given is not None:
+        return Need(name, HERE if Path(given).expanduser().is_file() else MISSING, str(given))
+    return Need(name, FETCHED, f"by open_clip unless it has them; else give metrics.{name}.weights")
+
+
+def _memory(run: Run) -> Need:
+    needed = 4 * COPIES * float(run.settings["model.parameters"]) + WORKING_MEMORY
+    if not run.device.startswith("cuda"):
+        return Need("GPU", "none", f"runs on {run.device}; about {needed / 1e9:.0f} GB of memory, and slow")
+    name, there = torch.cuda.get_device_name(run.device), torch.cuda.get_device_properties(run.device).total_memory
+    return Need(
+        "GPU", HERE if there > needed else MISSING, f"{name}, {there / 1e9:.0f} GB; about {needed / 1e9:.0f} needed"
+    )
+
+
+def _disk(run: Run) -> Need:
+    needed, root = disk_bytes(run), cache_root()
+    there = next(place for place in (root, *root.parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    remedy = "" if free > needed else "set EDADM_CACHE to a larger disk"
+    what = f"{free / 1e9:.0f} GB free in {root}, about {needed / 1e9:.1f} GB needed"
+    return Need("disk", HERE if free > needed else MISSING, what, remedy)
+
+
+def disk_bytes(run: Run) -> float:
+    """Return about how many bytes a run writes: trajectories, the images of both networks, the quantized network."""
+    settings, shape = run.settings, run.task.sample_shape
+    side = 1 if run.task.decoder is None else 8 if shape[0] == 4 else 4
+    image = 3 * shape[1] * shape[2] * side**2
+    rows = settings["profile.rows"]
+    trajectories = 4 * rows * (len(run.calibration_sampler.timesteps) + 1) * math.prod(shape)
+    network = 4 * float(settings["model"].get("parameters", 0))
+    return 3 * settings["n_images"] * image + trajectories + network
+
+
+def time_lines(run: Run) -> list[str]:
+    """Return the estimated time of every stage, good to a factor of about three."""
+    macs = run.settings["model"].get("macs")
+    if macs is None:  # an embedded model: it is here, and quick
+        seconds = seconds_per_row(run)
+    else:
+        rows = 2 if float(run.settings["sampler.guidance_scale"]) != 1 else 1
+        seconds = rows * float(macs) / (EFFICIENCY * _products_per_second(run.device))
+    lines = [f"  {stage:<12} about {duration(passes * seconds)}" for stage, passes in stage_passes(run).items()]
+    return [*lines, f"  full precision adds its own images: about {duration(_images(run) * seconds)}, once"]
+
+
+def _images(run: Run) -> int:
+    return run.settings["n_images"] * len(run.sampler.timesteps)
+
+
+def _products_per_second(device: str) -> float:
+    """Return multiply-accumulates per second of a matrix product in float32 on this machine."""
+    side = 4096 if device.startswith("cuda") else 768
+    one = torch.ones(side, side, device=device)
+    (one @ one).sum().item()
+    started, repeats = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.2:
+        (one @ one).sum().item()
+        repeats += 1
+    return repeats * side**3 / (time.perf_counter() - started)
+
+
+def expectation_lines(run: Run) -> list[str]:
+    """Return what full precision should score, and from which value on nothing else should be trusted."""
+    band: Any = run.task.expected_band
+    lines = [
+        f"  {name}: {(low + high) / 2:.4g} expected; below {low:.4g} or above {high:.4g} stop and find out why"
+        for name, (low, high) in band.items()
+    ]
+    return lines or ["  no published score is expected of it"]

@@ -1,0 +1,103 @@
+"""Stable Diffusion v1.4 with the prompts of MS-COCO or DrawBench.
+
+``model.path`` is the folder of a diffusers pipeline, its name on the hub (CompVis/stable-diffusion-v1-4), or the
+original checkpoint file (sd-v1-4.ckpt).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from edadm.errors import EdadmError
+from edadm.sampling.guidance import Conditions
+from edadm.tasks import text, weights
+from edadm.tasks.base import Task
+from edadm.tasks.latent import FirstStage, bands, shape_of
+from edadm.tasks.ldm_checkpoint import (
+    LDM_MODELS,
+    LdmParams,
+    ldm_state,
+    load_autoencoder,
+    load_unet,
+    text_encoder_state,
+)
+from edadm.tasks.released import CONDITIONS, as_released
+
+# the files of a pipeline that are read, of which a hub name is downloaded
+PARTS = (
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/*",
+)
+GIGABYTES = 4.3
+
+
+def coco_sd14(**given: Any) -> Task:
+    """Return MS-COCO captions with Stable Diffusion v1.4; see `text_task` for what can be given."""
+    return text_task("coco_sd14", **given)
+
+
+def drawbench_sd14(**given: Any) -> Task:
+    """Return DrawBench prompts with Stable Diffusion v1.4; see `text_task`."""
+    return text_task("drawbench_sd14", **given)
+
+
+def text_task(
+    name: str,
+    path: str | None = None,
+    prompts: str | None = None,
+    calibration_prompts: str | None = None,
+    sample_shape: Sequence[int] = (4, 64, 64),
+    calibration_conditions: str = CONDITIONS[0],
+    evaluation_seed: int = 1234,
+    expected: Mapping[str, Sequence[float]] | None = None,
+    remedy: str = "set model.path",
+    params: LdmParams = LDM_MODELS["sd14"],
+    text_config: Mapping[str, Any] = text.CLIP_VIT_L_14,
+) -> Task:
+    """Return a text-to-image task of Stable Diffusion v1.
+
+    prompts, calibration_prompts: files, see `edadm.tasks.text.split_prompts`. sample_shape: (4, h, w) of a latent, an
+    eighth of the image. calibration_conditions: see `edadm.tasks.released`. expected: metric -> [value, deviation] of
+    full precision at profile=paper. params, text_config: of an original checkpoint file.
+    """
+    where = weights.fetched(path, PARTS, GIGABYTES)
+
+    def at() -> Path:
+        return task.location()
+
+    def encoder() -> text.Encode:
+        if at().is_dir():
+            return text.encoder_of_folder(at())
+        return text.encoder_of_state(text_encoder_state(ldm_state(at())), str(at()), text_config)
+
+    @cache
+    def of_prompts() -> Conditions:
+        if prompts is None:
+            raise EdadmError(
+                f"task {name} needs prompts: set dataset.prompts to a text file with one prompt a line, or to "
+                "captions_val2014.json of MS-COCO"
+            )
+        own = text.TextConditions(*text.split_prompts(prompts, calibration_prompts), encoder)
+        return as_released(own, calibration_conditions, evaluation_seed)
+
+    task = Task(
+        name=name,
+        weights=where,
+        sample_shape=shape_of(sample_shape),
+        load=partial(load_unet, params=params),
+        expected_band=bands(expected),
+        expected_profile="paper",
+        conditions=of_prompts,
+        decoder=FirstStage(lambda: load_autoencoder(at(), params)),
+        hashed=("unet", "vae", "text_encoder", "tokenizer"),
+        remedy=remedy,
+    )
+    return task

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edadm import config, requirements
+from edadm.requirements import FETCHED
+from tests.tasks.narrow import ldm_folder
+
+
+def settings(*words: str) -> config.Settings:
+    return config.settings(config.compose(words), words)
+
+
+def test_a_task_without_anything_says_what_to_get_and_what_to_expect() -> None:
+    text, complete = requirements.report(settings("task=imagenet_ldm4", "device=cpu"))
+    assert not complete and "Missing: weights, reference" in text
+    assert "cin256-v2" in text and "11.69 expected; below 11.09 or above 12.29 stop" in text
+    for stage in ("trajectories", "quantized", "images"):
+        assert stage in text
+
+
+def test_a_text_to_image_task_asks_for_prompts(tmp_path: Path) -> None:
+    words = ["task=drawbench_sd14", "device=cpu"]
+    assert "prompts      MISSING: dataset.prompts is not set" in requirements.report(settings(*words))[0]
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a red cube {i}" for i in range(20)))
+    text, _ = requirements.report(settings(*words, f"dataset.prompts={tmp_path / 'prompts.txt'}"))
+    assert "18 to evaluate, 2 others to calibrate" in text
+
+
+def test_what_is_there_is_found(tmp_path: Path) -> None:
+    model = ldm_folder("imagenet_ldm4", tmp_path / "model")
+    words = [
+        "task=imagenet_ldm4", f"model.path={model}", f"metrics.inception.reference={tmp_path / 'real.npz'}", "device=cpu",
+        "n_images=10",
+    ]  # fmt: skip
+    (tmp_path / "real.npz").touch()
+    text, complete = requirements.report(settings(*words))
+    assert complete and "Nothing is missing." in text
+
+
+def test_the_embedded_task_has_everything() -> None:
+    text, complete = requirements.report(settings("device=cpu"))
+    assert complete and "images       about" in text
+
+
+def test_a_hub_name_is_looked_up_and_never_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    chosen = settings("task=imagenet_dit", "model.path=facebook/DiT-XL-2-256", "device=cpu")
+    text, _ = requirements.report(chosen)
+    assert f"weights      {FETCHED}: facebook/DiT-XL-2-256" in text and not any(tmp_path.iterdir())
+
+
+def test_disk_grows_with_images_and_rows() -> None:
+    def needed(*words: str) -> float:
+        chosen = settings("task=lsun_church_ldm8", "device=cpu", *words)
+        run = requirements.Run(chosen, requirements.task_without_download(chosen), requirements.Store(), "cpu", 1)
+        return requirements.disk_bytes(run)
+
+    more_images = needed("n_images=1000") - needed("n_images=0")
+    assert more_images == 3 * 1000 * 3 * 256 * 256  # a church latent of 32 x 32 decodes to 256 x 256
+    assert needed("n_images=0") > 4 * 1024 * 500 * 4 * 32 * 32
