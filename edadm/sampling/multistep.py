@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -65,12 +65,13 @@ class DPMSolver(DiffusionSampler):
 
 
 @dataclass(frozen=True)
-class DPMSolverPP(DiffusionSampler):
-    """DPM-Solver++ (Lu et al. 2022) as diffusers runs it: whole times, and a last step to a clean sample.
+class _WholeTimes(DiffusionSampler):
+    """What DPM-Solver++ and UniPC share: whole times, and a last step to a clean sample.
 
     order: 1 to 3; the authors use 2 for guided and 3 for unconditional sampling.
     """
 
+    scheduler_name: ClassVar[str]  # of the class in diffusers
     steps: int = 20
     order: int = 2
     beta_schedule: str = "scaled_linear"
@@ -84,51 +85,35 @@ class DPMSolverPP(DiffusionSampler):
 
     @property
     def timesteps(self) -> list[int]:
-        """The timestep of each network call, in the order of the calls."""
-        return _whole_times(self.steps, self.train_steps)
+        """Evenly spaced timesteps from the noisiest one, without the 0 that the last step goes beyond."""
+        return np.linspace(0, self.train_steps - 1, self.steps + 1).round().astype(int).tolist()[:0:-1]
 
     def update(self, noise_for_step: NoiseForStep | None) -> Step:
         """Return the update of one run; see `edadm.sampling.interface.DiffusionSampler`."""
-        from diffusers import DPMSolverMultistepScheduler
+        import diffusers
 
-        betas = _betas(self)
-        scheduler: Any = DPMSolverMultistepScheduler(self.train_steps, trained_betas=betas, solver_order=self.order)
+        betas = exact_betas(self.beta_schedule, self.beta_start, self.beta_end, self.train_steps).numpy()
+        scheduler_class = getattr(diffusers, self.scheduler_name)
+        scheduler = scheduler_class(self.train_steps, trained_betas=betas, solver_order=self.order)
         scheduler.set_timesteps(self.steps)
         return _update(scheduler)
 
 
 @dataclass(frozen=True)
-class UniPC(DiffusionSampler):
+class DPMSolverPP(_WholeTimes):
+    """DPM-Solver++ (Lu et al. 2022) as diffusers runs it."""
+
+    scheduler_name = "DPMSolverMultistepScheduler"
+
+
+@dataclass(frozen=True)
+class UniPC(_WholeTimes):
     """UniPC (Zhao et al. 2023) as diffusers runs it: every network call also corrects the step before it.
 
-    The corrector changes x after the call, so the samples that are seen are the predictor's. order: 1 to 3; the
-    authors use 2 for guided and 3 for unconditional sampling.
+    The corrector changes x after the call, so the samples that are seen are the predictor's.
     """
 
-    steps: int = 20
-    order: int = 2
-    beta_schedule: str = "scaled_linear"
-    beta_start: float = 0.0015
-    beta_end: float = 0.0195
-    train_steps: int = 1000
-    version: int = 1
-
-    def __post_init__(self) -> None:
-        _check(self.steps, self.train_steps, self.order)
-
-    @property
-    def timesteps(self) -> list[int]:
-        """The timestep of each network call, in the order of the calls."""
-        return _whole_times(self.steps, self.train_steps)
-
-    def update(self, noise_for_step: NoiseForStep | None) -> Step:
-        """Return the update of one run; see `edadm.sampling.interface.DiffusionSampler`."""
-        from diffusers import UniPCMultistepScheduler
-
-        betas = _betas(self)
-        scheduler: Any = UniPCMultistepScheduler(self.train_steps, trained_betas=betas, solver_order=self.order)
-        scheduler.set_timesteps(self.steps)
-        return _update(scheduler)
+    scheduler_name = "UniPCMultistepScheduler"
 
 
 def _update(scheduler: Any) -> Step:
@@ -138,15 +123,6 @@ def _update(scheduler: Any) -> Step:
         return scheduler.step(eps, scheduler.timesteps[k], x).prev_sample
 
     return step
-
-
-def _whole_times(steps: int, train_steps: int) -> list[int]:
-    """Return evenly spaced timesteps from the noisiest one, without the 0 that the last step goes beyond."""
-    return np.linspace(0, train_steps - 1, steps + 1).round().astype(int).tolist()[:0:-1]
-
-
-def _betas(sampler: DPMSolverPP | UniPC) -> np.ndarray:
-    return exact_betas(sampler.beta_schedule, sampler.beta_start, sampler.beta_end, sampler.train_steps).numpy()
 
 
 def _check(steps: int, train_steps: int, order: int = 2) -> None:
