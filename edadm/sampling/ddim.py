@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from edadm.errors import EdadmError
-from edadm.sampling.interface import DiffusionSampler, NoiseForStep, Step
+from edadm.sampling.diffusion import BetaSampler
+from edadm.sampling.interface import NoiseForStep, Step
 from edadm.sampling.schedule import alphas_cumprod, timesteps
 
 
 @dataclass(frozen=True)
-class Sampler(DiffusionSampler):
+class Sampler(BetaSampler):
     """DDIM: which timesteps are visited and how much noise is added back.
 
     spacing, steps: see `edadm.sampling.schedule.timesteps`. eta: 0 deterministic, 1 as much noise as DDPM.
@@ -25,11 +26,6 @@ class Sampler(DiffusionSampler):
     spacing: str = "quad"
     steps: int = 20
     eta: float = 0.0
-    beta_schedule: str = "linear"
-    beta_start: float = 1e-4
-    beta_end: float = 2e-2
-    train_steps: int = 1000
-    version: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:

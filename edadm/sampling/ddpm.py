@@ -11,12 +11,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from edadm.sampling.interface import DiffusionSampler, NoiseForStep, Step, drawn, no_variance
-from edadm.sampling.schedule import exact_alphas_cumprod, timesteps
+from edadm.sampling.diffusion import BetaSampler
+from edadm.sampling.interface import NoiseForStep, Step, drawn, no_variance
+from edadm.sampling.schedule import timesteps
 
 
 @dataclass(frozen=True)
-class RespacedDDPM(DiffusionSampler):
+class RespacedDDPM(BetaSampler):
     """Ancestral sampling on ``steps`` of the training's timesteps, evenly spaced and rounded.
 
     The network returns 2C channels: the noise, and v in [-1, 1] nominally, which interpolates the logarithm of the
@@ -24,13 +25,8 @@ class RespacedDDPM(DiffusionSampler):
     clipped.
     """
 
-    steps: int = 250
-    beta_schedule: str = "linear"
-    beta_start: float = 1e-4
-    beta_end: float = 2e-2
-    train_steps: int = 1000
-    version: int = 1
     needs_variance: ClassVar[bool] = True
+    steps: int = 250
 
     def __post_init__(self) -> None:
         timesteps("linspace", self.steps, self.train_steps)
@@ -49,7 +45,7 @@ class RespacedDDPM(DiffusionSampler):
         a, b = self._alpha_bar(t), self._alpha_bar(t_next)
         beta = 1 - a / b
         x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
-        mean = (b.sqrt() * beta / (1 - a)) * x0 + ((1 - beta).sqrt() * (1 - b) / (1 - a)) * x
+        mean = posterior_mean(x0, x, a, b)
         if t_next < 0:
             return mean
         if z is None:
@@ -59,8 +55,7 @@ class RespacedDDPM(DiffusionSampler):
         return mean + (0.5 * log_variance).exp() * z
 
     def _alpha_bar(self, t: int) -> Tensor:
-        signal = exact_alphas_cumprod(self.beta_schedule, self.beta_start, self.beta_end, self.train_steps)
-        return signal[t] if t >= 0 else signal.new_ones(())
+        return self.products[t] if t >= 0 else self.products.new_ones(())
 
     def update(self, noise_for_step: NoiseForStep | None) -> Step:
         """Return the update of one run; see `edadm.sampling.interface.DiffusionSampler`."""
@@ -75,3 +70,9 @@ class RespacedDDPM(DiffusionSampler):
             return self.step(x, eps, variance, t, t_next, z)
 
         return step
+
+
+def posterior_mean(x0: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean of the state of signal share b, given x of signal share a and the clean sample (DDPM eq. 7)."""
+    beta = 1 - a / b
+    return (b.sqrt() * beta / (1 - a)) * x0 + ((1 - beta).sqrt() * (1 - b) / (1 - a)) * x

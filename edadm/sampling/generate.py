@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,13 @@ def truncated_to_uint8(x: Tensor) -> Tensor:
 
 
 def generate(
+    denoise: Callable[..., Any], sampler: DiffusionSampler, n_images: int, *, shape: Sequence[int], **options: Any
+) -> Tensor:
+    """Return all images of ``generate_chunks``, which says what the arguments are, as uint8 (n_images, C, H, W)."""
+    return torch.cat(list(generate_chunks(denoise, sampler, n_images, shape=shape, **options)))
+
+
+def generate_chunks(
     denoise: Callable[..., Any],
     sampler: DiffusionSampler,
     n_images: int,
@@ -54,8 +61,8 @@ def generate(
     precision: str = "fp32",
     correct: Correct | None = None,
     progress: Progress | None = None,
-) -> Tensor:
-    """Sample ``n_images`` images and turn them into bytes.
+) -> Iterator[Tensor]:
+    """Sample ``n_images`` images, turn them into bytes and yield them chunk by chunk; memory holds one chunk.
 
     denoise: the network, called with x and times, and with the condition by name where there is guidance.
     shape: (C, H, W) of one sample. to_images: float32 samples to uint8 images, which decodes where samples are latents.
@@ -63,7 +70,7 @@ def generate(
     depends on its number and the chunk size only. folder: keeps every finished chunk (whole, also a last partial one)
     and those found there are not sampled again; it must belong to one network, sampler, guidance, seed and chunk.
     precision: autocast of the network call; the sampler computes in float32.
-    Returns uint8 (n_images, C, H, W) of the images on the CPU; no images have the shape of a sample.
+    Yields uint8 (at most chunk, C, H, W) on the CPU; no images are one empty chunk in the shape of a sample.
     Raises Diverged when NaN or Inf appears, naming the step.
     """
     if n_images < 0 or chunk < 1:
@@ -80,7 +87,8 @@ def generate(
         x = sampler.run(bound, x, sampler_noise(stream, seed, numbers, shape, place), correct=correct)
         return to_images(x).cpu()
 
-    images = torch.empty(0, *shape, dtype=torch.uint8)
+    if not n_images:
+        yield torch.empty(0, *shape, dtype=torch.uint8)
     for start in range(0, n_images, chunk):
         path = folder / f"chunk-{start // chunk:06d}.npz" if folder is not None else None
         made = _read_chunk(path, chunk) if path is not None else None
@@ -89,12 +97,9 @@ def generate(
             if path is not None:
                 _write_chunk(path, made)
         stop = min(start + chunk, n_images)
-        if not start:
-            images = made.new_empty(n_images, *made.shape[1:])
-        images[start:stop] = made[: stop - start]
         if progress is not None:
             progress(stop, n_images)
-    return images
+        yield made[: stop - start]
 
 
 def sampler_noise(

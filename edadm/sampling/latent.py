@@ -15,26 +15,22 @@ from typing import Any
 from torch import Tensor
 
 from edadm.errors import EdadmError
-from edadm.sampling.interface import DiffusionSampler, NoiseForStep, Step, drawn
-from edadm.sampling.schedule import exact_alphas_cumprod, leading_timesteps
+from edadm.sampling.diffusion import LatentBetaSampler
+from edadm.sampling.interface import NoiseForStep, Step, drawn
+from edadm.sampling.schedule import leading_timesteps
 
 
 @dataclass(frozen=True)
-class LatentDDIM(DiffusionSampler):
+class LatentDDIM(LatentBetaSampler):
     """DDIM with leading timesteps.
 
     spacing, steps: see `edadm.sampling.schedule.leading_timesteps`. eta: 0 deterministic, 1 as much noise as DDPM;
-    noise is added in the last step too. The default schedule is that of LDM-4.
+    noise is added in the last step too.
     """
 
     spacing: str = "uniform"
     steps: int = 20
     eta: float = 0.0
-    beta_schedule: str = "scaled_linear"
-    beta_start: float = 0.0015
-    beta_end: float = 0.0195
-    train_steps: int = 1000
-    version: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
@@ -62,20 +58,16 @@ class LatentDDIM(DiffusionSampler):
 
 
 @dataclass(frozen=True)
-class PLMS(DiffusionSampler):
+class PLMS(LatentBetaSampler):
     """Pseudo linear multistep sampling: Adams-Bashforth of order 4 on the predicted noise.
 
     The first step calls the network twice (at its own timestep, and at the next one on a trial update) and averages;
-    orders 2 and 3 follow. A run of n steps makes n + 1 calls. Deterministic. Parameters as of `LatentDDIM`.
+    orders 2 and 3 follow. A run of n steps makes n + 1 calls. Deterministic. Parameters as of `LatentDDIM`. Other
+    predictions are extrapolated as the noise they stand for; diffusers' own PNDM extrapolates velocities themselves.
     """
 
     spacing: str = "uniform"
     steps: int = 20
-    beta_schedule: str = "scaled_linear"
-    beta_start: float = 0.0015
-    beta_end: float = 0.0195
-    train_steps: int = 1000
-    version: int = 1
 
     def __post_init__(self) -> None:
         leading_timesteps(self.spacing, self.steps, self.train_steps)
@@ -112,9 +104,7 @@ def _narrow(scheduler: Any, sampler: LatentDDIM | PLMS, visited: list[int]) -> N
 
     The products are those of the checkpoint's float32 buffer; coefficients are computed from them in float64.
     """
-    signal = exact_alphas_cumprod(
-        sampler.beta_schedule, sampler.beta_start, sampler.beta_end, sampler.train_steps
-    ).float()
+    signal = sampler.products.float()
     scheduler.alphas_cumprod = signal[visited[::-1]].double()
     scheduler.final_alpha_cumprod = signal[0].double()
     scheduler.set_timesteps(len(visited))

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from edadm.errors import EdadmError
-from edadm.sampling.interface import DiffusionSampler, NoiseForStep, Step
-from edadm.sampling.schedule import exact_alphas_cumprod, exact_betas
+from edadm.sampling.diffusion import LatentBetaSampler
+from edadm.sampling.interface import NoiseForStep, Step
+from edadm.sampling.schedule import exact_betas
 
 
 @dataclass(frozen=True)
-class DPMSolver(DiffusionSampler):
+class DPMSolver(LatentBetaSampler):
     """The solver behind latent diffusion's DPM-Solver switch: order 2, midpoint form, evenly spaced continuous times.
 
     The network gets fractional times (20 steps: 999, 949.05, 899.1, ...) and the run ends at the noise level of
@@ -29,11 +30,6 @@ class DPMSolver(DiffusionSampler):
     """
 
     steps: int = 20
-    beta_schedule: str = "scaled_linear"
-    beta_start: float = 0.0015
-    beta_end: float = 0.0195
-    train_steps: int = 1000
-    version: int = 1
 
     def __post_init__(self) -> None:
         _check(self.steps, self.train_steps)
@@ -59,13 +55,13 @@ class DPMSolver(DiffusionSampler):
 
     def _sigmas(self) -> Tensor:
         """The ratios of noise to signal between the steps, float32 (steps + 1,); log alpha is piecewise linear in t."""
-        signal = exact_alphas_cumprod(self.beta_schedule, self.beta_start, self.beta_end, self.train_steps).float()
+        signal = self.products.float()
         log_alpha = np.interp(self._grid.double(), np.arange(self.train_steps), 0.5 * signal.double().log())
         return torch.from_numpy(np.sqrt(np.expm1(-2 * log_alpha))).float()
 
 
 @dataclass(frozen=True)
-class _WholeTimes(DiffusionSampler):
+class _WholeTimes(LatentBetaSampler):
     """What DPM-Solver++ and UniPC share: whole times, and a last step to a clean sample.
 
     order: 1 to 3; the authors use 2 for guided and 3 for unconditional sampling.
@@ -74,11 +70,6 @@ class _WholeTimes(DiffusionSampler):
     scheduler_name: ClassVar[str]  # of the class in diffusers
     steps: int = 20
     order: int = 2
-    beta_schedule: str = "scaled_linear"
-    beta_start: float = 0.0015
-    beta_end: float = 0.0195
-    train_steps: int = 1000
-    version: int = 1
 
     def __post_init__(self) -> None:
         _check(self.steps, self.train_steps, self.order)

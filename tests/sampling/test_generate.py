@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from edadm.errors import Diverged, EdadmError
 from edadm.sampling.ddim import Sampler
-from edadm.sampling.generate import generate, to_uint8, truncated_to_uint8
+from edadm.sampling.generate import generate, generate_chunks, to_uint8, truncated_to_uint8
 from edadm.sampling.guidance import ClassConditions, Guidance
 
 SHAPE = (3, 8, 8)
@@ -78,6 +79,18 @@ def test_a_killed_run_goes_on_with_the_same_bits(network, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     assert torch.equal(images(network, 10, folder=tmp_path), images(Network(), 10))
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"chunk-{c:06d}.npz" for c in range(3)]
+
+
+def test_chunks_are_sampled_when_they_are_asked_for_and_not_kept(network):
+    expected = images(Network(), 10)
+    made, alive = [], []
+    for chunk in generate_chunks(network, SAMPLER, 10, shape=SHAPE, seed=1234, chunk=CHUNK):
+        made.append(chunk.numpy().copy())
+        alive.append(weakref.ref(chunk))
+        assert network.calls == len(made) * len(SAMPLER.timesteps)
+        assert sum(one() is not None for one in alive) == 1
+    assert [len(part) for part in made] == [4, 4, 2]
+    assert np.array_equal(np.concatenate(made), expected.numpy())
 
 
 def flip(data: bytearray, position: int) -> bytearray:

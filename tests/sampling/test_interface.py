@@ -6,12 +6,16 @@ import torch
 from edadm.errors import Diverged, EdadmError
 from edadm.sampling.ddim import Sampler
 from edadm.sampling.ddpm import RespacedDDPM
-from edadm.sampling.interface import require_fit, split_variance, times
+from edadm.sampling.flow import FlowEuler
+from edadm.sampling.from_scheduler import sampler_of
+from edadm.sampling.interface import fitted, split_variance, times
 from edadm.sampling.latent import PLMS, LatentDDIM
 from edadm.sampling.multistep import DPMSolver, DPMSolverPP, UniPC
 
 DETERMINISTIC = [LatentDDIM(steps=5), PLMS(steps=5), DPMSolver(5), DPMSolverPP(5), UniPC(5), Sampler("linspace", 5)]
 SAMPLERS = [*DETERMINISTIC, LatentDDIM("quad", 4, eta=1.0), RespacedDDPM(5)]
+EULER = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear"}
+ALL = [*SAMPLERS, FlowEuler(5), sampler_of(EULER, 5), sampler_of({"_class_name": "DDPMScheduler"}, 5)]
 X = torch.linspace(-2, 2, 4 * 2 * 3 * 3).reshape(4, 2, 3, 3)
 
 
@@ -25,7 +29,7 @@ def noise_of(rows):
     return lambda k: torch.stack([torch.full((2, 3, 3), 0.1 * k - 0.3 * row) for row in rows])
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+@pytest.mark.parametrize("sampler", ALL, ids=repr)
 def test_every_call_is_observed_with_its_time_and_a_corrected_noise(sampler):
     seen, asked = [], []
 
@@ -43,28 +47,28 @@ def test_every_call_is_observed_with_its_time_and_a_corrected_noise(sampler):
     assert len(sampler.step_of_call) == len(seen) and list(sampler.step_of_call) == sorted(sampler.step_of_call)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+@pytest.mark.parametrize("sampler", ALL, ids=repr)
 def test_how_rows_are_put_into_batches_does_not_matter(sampler):
     whole = sampler.run(denoise, X, noise_of(range(4)))
     parts = [sampler.run(denoise, X[rows], noise_of(rows)) for rows in ([0], [1, 2, 3])]
     assert torch.equal(torch.cat(parts), whole)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+@pytest.mark.parametrize("sampler", ALL, ids=repr)
 def test_a_run_leaves_nothing_behind_in_the_sampler_or_its_input(sampler):
     before = X.clone()
     assert torch.equal(sampler.run(denoise, X, noise_of(range(4))), sampler.run(denoise, X, noise_of(range(4))))
     assert torch.equal(X, before)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS[:5] + SAMPLERS[6:], ids=repr)
+@pytest.mark.parametrize("sampler", SAMPLERS[:5] + ALL[6:], ids=repr)
 def test_samples_have_the_type_of_the_noise(sampler):
     low, high = (sampler.run(denoise, X.to(dtype), noise_of(range(4))) for dtype in (torch.float32, torch.float64))
     assert (low.dtype, high.dtype) == (torch.float32, torch.float64)
     assert (low - high).abs().max() <= 1e-5 * high.abs().max()  # float32 rounding over a few steps
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+@pytest.mark.parametrize("sampler", ALL, ids=repr)
 def test_divergence_names_the_call_and_its_time(sampler):
     where = sampler.timesteps[2]
 
@@ -77,7 +81,7 @@ def test_divergence_names_the_call_and_its_time(sampler):
         sampler.run(network, X, noise_of(range(4)))
 
 
-@pytest.mark.parametrize("sampler", [LatentDDIM(eta=0.5), RespacedDDPM(5)], ids=repr)
+@pytest.mark.parametrize("sampler", [LatentDDIM(eta=0.5), RespacedDDPM(5), ALL[-1]], ids=repr)
 def test_missing_noise_is_an_error(sampler):
     with pytest.raises(ValueError, match="adds noise after call 0"):
         sampler.run(denoise, X)
@@ -85,7 +89,7 @@ def test_missing_noise_is_an_error(sampler):
 
 def test_only_steps_of_plms_have_two_calls():
     assert list(PLMS(steps=4).step_of_call) == [0, 0, 1, 2, 3]
-    for sampler in SAMPLERS:
+    for sampler in ALL:
         if not isinstance(sampler, PLMS):
             assert list(sampler.step_of_call) == list(range(len(sampler.timesteps)))
 
@@ -103,18 +107,27 @@ def test_noise_and_variance_are_told_apart():
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
-@pytest.mark.parametrize("prediction", ["v_prediction", "sample", "flow_prediction"])
-def test_a_model_that_predicts_something_else_is_an_error(sampler, prediction):
-    with pytest.raises(EdadmError, match=f"{type(sampler).__name__} .* predicts {prediction}"):
-        require_fit(sampler, prediction, learned_variance=True)
+def test_a_model_that_predicts_something_else_is_an_error(sampler):
+    with pytest.raises(EdadmError, match=rf"{type(sampler).__name__} .*predicts flow_prediction: .*sampler=flow_euler"):
+        fitted(sampler, "flow_prediction", learned_variance=True)
+    with pytest.raises(EdadmError, match="predicts curl: choose a sampler of noise"):
+        fitted(sampler, "curl", learned_variance=True)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_sampler_of_flows_needs_a_flow(prediction):
+    flow = FlowEuler(5)
+    assert fitted(flow, "flow_prediction", learned_variance=False) == flow
+    with pytest.raises(EdadmError, match=rf"FlowEuler steps with flow_prediction, this model predicts {prediction}"):
+        fitted(flow, prediction, learned_variance=False)
 
 
 def test_a_sampler_with_variance_needs_a_model_with_one():
     for sampler in SAMPLERS:
-        require_fit(sampler, "epsilon", learned_variance=True)
+        assert fitted(sampler, "epsilon", learned_variance=True) == sampler
     for sampler in DETERMINISTIC:
-        require_fit(sampler, "epsilon", learned_variance=False)
+        assert fitted(sampler, "epsilon", learned_variance=False) == sampler
     with pytest.raises(EdadmError, match="RespacedDDPM needs the variance"):
-        require_fit(RespacedDDPM(), "epsilon", learned_variance=False)
+        fitted(RespacedDDPM(), "epsilon", learned_variance=False)
     with pytest.raises(EdadmError, match="RespacedDDPM needs the variance"):
         RespacedDDPM(5).run(lambda x, t: x, X, noise_of(range(4)))
