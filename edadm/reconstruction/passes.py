@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from edadm.errors import EdadmError
+from edadm.reconstruction.parking import Parking
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class _Pass(greenlet):
     """A forward pass over one batch of rows. It waits at stop 2i (the call of unit i) or 2i + 1 (behind it)."""
 
     stop: int
+    rows: int = 0
     value: Any = None
 
 
@@ -84,10 +86,12 @@ class PausedPasses:
     forward(i) runs the network on batch i, in the state (full precision or quantized) the network is in at that moment.
     units: (name, module) in execution order; each module is called exactly once in a forward pass and returns a tensor
     or streams of tokens. first: number of the first unit at which to stop. shared: names of arguments without rows.
-    again: names of units that run once more later; they are stopped at the first time only.
+    again: names of units that run once more later; they are stopped at the first time only. parking: where waiting
+    passes put what they hold; without it everything stays on the device.
 
-    ``inputs(i)`` and ``outputs(i)`` move all passes on. Gradients are off inside the passes, the caller's own grad mode
-    is untouched. Calls of the modules from outside the passes are not affected.
+    ``inputs(i)`` and ``outputs(i)`` move all passes on, ``input(i, batch)`` and ``output(i, batch)`` one of them.
+    Gradients are off inside the passes, the caller's own grad mode is untouched. Calls of the modules from outside the
+    passes are not affected.
     """
 
     def __init__(
@@ -98,9 +102,12 @@ class PausedPasses:
         first: int = 0,
         shared: Collection[str] = (),
         again: Collection[str] = (),
+        parking: Parking | None = None,
     ):
         self._names = [name for name, _ in units]
         self._shared, self._again = shared, again
+        self._parking = parking
+        self._awake: int | None = None
         self._passes = [_Pass(forward) for _ in range(batches)]
         for run in self._passes:
             run.stop = 2 * first - 1
@@ -114,11 +121,23 @@ class PausedPasses:
 
         Units on the way run in their present state. Raises EdadmError if units are not called once each, in order.
         """
-        return [self._advance(batch, 2 * index) for batch in range(len(self._passes))]
+        return [self.input(index, batch) for batch in range(len(self._passes))]
 
     def outputs(self, index: int) -> list[torch.Tensor]:
         """Let unit ``index`` run in its present state, batch after batch, and return its outputs."""
-        return [self._advance(batch, 2 * index + 1) for batch in range(len(self._passes))]
+        return [self.output(index, batch) for batch in range(len(self._passes))]
+
+    def input(self, index: int, batch: int) -> Arguments:
+        """Move one pass to the call of unit ``index`` and return its arguments, on the device; see ``inputs``."""
+        return self._advance(batch, 2 * index)
+
+    def output(self, index: int, batch: int) -> torch.Tensor:
+        """Let unit ``index`` run on one batch and return its output, on the device."""
+        return self._advance(batch, 2 * index + 1)
+
+    def rest(self) -> None:
+        """Put away what the pass that moved last holds."""
+        self._wake(None)
 
     def close(self) -> None:
         """Abandon the passes and remove the hooks."""
@@ -139,6 +158,7 @@ class PausedPasses:
         self.close()
 
     def _advance(self, batch: int, stop: int) -> Any:
+        self._wake(batch)
         run = self._passes[batch]
         while run.stop < stop:
             run.value = None
@@ -151,11 +171,21 @@ class PausedPasses:
                 )
         return run.value
 
+    def _wake(self, batch: int | None) -> None:
+        """Let this pass alone have what it holds on the device."""
+        if self._parking is None or batch == self._awake:
+            return
+        if self._awake is not None:
+            self._parking.put_away(self._passes[self._awake], self._passes[self._awake].rows)
+        if batch is not None:
+            self._parking.bring_back(self._passes[batch])
+        self._awake = batch
+
     def _before(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
             if self._is_due(2 * index):
                 call = Arguments(positional, named, self._shared)
-                _check_rows(call, self._names[index])
+                cast(_Pass, getcurrent()).rows = _check_rows(call, self._names[index])
                 self._wait(2 * index, call)
 
         return hook
@@ -191,7 +221,8 @@ class PausedPasses:
         return f"unit {called} is called before {due}: units() of the denoiser's family is not in execution order"
 
 
-def _check_rows(call: Arguments, unit: str) -> None:
+def _check_rows(call: Arguments, unit: str) -> int:
+    """Return the number of rows of a call. Raises EdadmError when its tensors do not agree on it."""
     rows = {tuple(tensor.shape[:1]) for tensor in call.tensors}
     if len(rows) > 1:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in call.tensors)
@@ -199,3 +230,4 @@ def _check_rows(call: Arguments, unit: str) -> None:
             f"unit {unit} gets tensors of shapes {shapes}, so not all have one entry per row: name those that all rows "
             "share in shared_arguments of the denoiser's family"
         )
+    return len(call.tensors[0])

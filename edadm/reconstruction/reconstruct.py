@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
 
 from edadm.errors import EdadmError
+from edadm.quant.layers import QuantLayer
 from edadm.quant.network import QuantModel, Unit, load_unit_state, unit_state
+from edadm.reconstruction.cache import Cache
 from edadm.reconstruction.loop import Step, UnitReport, reconstruct_unit
 from edadm.reconstruction.objective import LayerTap, UnitData, loss_layers
-from edadm.reconstruction.passes import PausedPasses
+from edadm.reconstruction.parking import Parking
+from edadm.reconstruction.passes import Arguments, PausedPasses
 from edadm.reconstruction.random import RandomFactory
 from edadm.reconstruction.settings import Joint, Phase, TwoPhase
 
@@ -40,7 +43,7 @@ def reconstruct(
     progress: Progress | None = None,
     observe: Callable[[Step], None] | None = None,
     rows_per_pass: int = 32,
-    storage: torch.device | None = None,
+    cache: Cache | None = None,
     limit: int | None = None,
     names: Sequence[str] = (),
 ) -> list[UnitReport]:
@@ -51,7 +54,8 @@ def reconstruct(
     granularity: "layer", "block", or "fbr" (blocks with layer losses).
     random: ``seeded(seed)`` or a replay. set_activation_ranges: called before the first phase that quantizes
     activations; without it their ranges must be set. rows_per_pass: rows in one forward pass of the network.
-    storage: device of cached inputs and targets, by default the network's. limit: stop after that many units.
+    cache: where cached inputs and targets lie, and what the paused passes hold; by default on the network's device. It
+    changes no result of a CPU. limit: stop after that many units.
 
     on_unit(key, state, report) is called after each unit of each phase, and (report None) after
     ``set_activation_ranges``. ``done`` gives such states back by key: they are restored, not computed again, and the
@@ -62,13 +66,14 @@ def reconstruct(
         raise ValueError(f"granularity is {granularity!r}: choose one of {', '.join(GRANULARITIES)}")
     units = network.units("layer" if granularity == "layer" else "block")[:limit]
     batches = _batches(rows, rows_per_pass)
-    run = _Run(network, units, batches, random, dict(done or {}), on_unit, progress, observe, storage, names)
     reports, ranges_set = [], False
-    for number, phase in enumerate(settings.phases()):
-        if phase.activations and not ranges_set:
-            run.ensure_ranges(set_activation_ranges)
-            ranges_set = True
-        reports += run.phase([_phase(settings, number, unit, granularity) for unit in units])
+    with cache or Cache() as place:
+        run = _Run(network, units, batches, random, dict(done or {}), on_unit, progress, observe, place, names)
+        for number, phase in enumerate(settings.phases()):
+            if phase.activations and not ranges_set:
+                run.ensure_ranges(set_activation_ranges)
+                ranges_set = True
+            reports += run.phase([_phase(settings, number, unit, granularity) for unit in units])
     network.set_state(weights=True, activations=True)
     return reports
 
@@ -85,7 +90,7 @@ class _Run:
     on_unit: OnUnit | None
     progress: Progress | None
     observe: Callable[[Step], None] | None
-    storage: torch.device | None
+    cache: Cache
     names: Sequence[str]
 
     def phase(self, phases: Sequence[Phase]) -> list[UnitReport]:
@@ -94,6 +99,7 @@ class _Run:
         reports: list[UnitReport] = []
         if first == len(self.units):
             return reports
+        _forget_quantized(self.network.layers.values())
         with ExitStack() as stack:
             full = stack.enter_context(self._passes(first))
             quantized = None
@@ -145,39 +151,57 @@ class _Run:
     def _passes(self, first: int) -> PausedPasses:
         family, modules = self.network.family, [(unit.name, unit.module) for unit in self.units]
         again = [unit.name for unit in self.units if family.layer_runs_again(unit.name)]
-        return PausedPasses(self._forward, len(self.batches), modules, first, family.shared_arguments, again)
+        parking = None
+        if self.cache.is_apart_from(self._device):
+            inputs = (part for batch in self.batches for part in batch)
+            fixed = (*self.network.parameters(), *self.network.buffers(), *inputs)
+            parking = Parking(self.cache, self._device, fixed)
+        return PausedPasses(self._forward, len(self.batches), modules, first, family.shared_arguments, again, parking)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.network.parameters()).device
 
     def _forward(self, batch: int) -> object:
-        device = next(self.network.parameters()).device
-        parts = [part.to(device) for part in self.batches[batch]]
+        parts = [part.to(self._device) for part in self.batches[batch]]
         positional = len(parts) - len(self.names)
         return self.network(*parts[:positional], **dict(zip(self.names, parts[positional:], strict=True)))
 
     def _collect(self, index: int, phase: Phase, full: PausedPasses, quantized: PausedPasses | None) -> UnitData:
         """Move the passes on to unit ``index`` and cache what it is optimised on."""
         unit = self.units[index]
+        forms: list[Arguments] = []
+        used = slice(0 if phase.input_prob < 1 else 1, 1 if quantized else None)  # of the full-precision inputs
+
+        def in_full(tap: LayerTap) -> Iterator[list[torch.Tensor]]:
+            for batch in range(len(self.batches)):
+                call = full.input(index, batch)
+                forms[:] = forms or [call.template()]
+                inputs = call.tensors[used]
+                yield [full.output(index, batch), *tap.take(), *inputs]
+
+        def behind_prefix(passes: PausedPasses) -> Iterator[list[torch.Tensor]]:
+            for batch in range(len(self.batches)):
+                yield passes.input(index, batch).tensors
+
         self.network.set_state(weights=False, activations=False)
-        calls = full.inputs(index)
-        main = self._stack([call.tensors[0] for call in calls]) if phase.input_prob < 1 else None
-        companions = () if quantized else self._companions(calls)
         with LayerTap(loss_layers(unit, phase.excluded_layer) if phase.layer_loss_weight else ()) as tap:
-            target = self._stack(full.outputs(index))
-        layer_targets = tuple(output.to(target.device) for output in tap.take())
-        behind_prefix = None
+            target, *others = self._stack(in_full(tap))
+        full.rest()
+        layer_targets, inputs = others[: len(tap.layers)], others[len(tap.layers) :]
+        main = inputs.pop(0) if phase.input_prob < 1 else None
+        after_prefix, companions = None, inputs
         if quantized:
             self.network.set_state(weights=True, activations=phase.activations)
-            calls = quantized.inputs(index)
-            behind_prefix = self._stack([call.tensors[0] for call in calls])
-            companions = self._companions(calls)
-        data = UnitData(calls[0].template(), main, behind_prefix, companions, target, layer_targets)
+            after_prefix, *companions = self._stack(behind_prefix(quantized))
+            quantized.rest()
+        _forget_quantized(layer for done in self.units[:index] for layer in done.layers)
+        data = UnitData(forms[0], main, after_prefix, tuple(companions), target, tuple(layer_targets))
         logger.debug("%s: %.1f MiB cached", unit.name, data.mebibytes)
         return data
 
-    def _companions(self, calls: Sequence) -> tuple[torch.Tensor, ...]:
-        return tuple(self._stack(parts) for parts in zip(*(call.tensors[1:] for call in calls), strict=True))
-
-    def _stack(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([part if self.storage is None else part.to(self.storage) for part in parts])
+    def _stack(self, batches: Iterator[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        return self.cache.stack(batches, sum(len(batch[0]) for batch in self.batches))
 
     def _progress(self, phase: Phase, index: int) -> Callable[[int], None] | None:
         if self.progress is None:
@@ -193,6 +217,12 @@ class _Run:
 def _phase(settings: Joint | TwoPhase, number: int, unit: Unit, granularity: str) -> Phase:
     phase = settings.phases(unit.kind)[number]
     return phase if granularity == "fbr" else replace(phase, layer_loss_weight=0.0)
+
+
+def _forget_quantized(layers: Iterable[QuantLayer]) -> None:
+    """Free quantized weights that were kept: together they would take as much memory as the network itself."""
+    for layer in layers:
+        layer.invalidate()
 
 
 def _key(phase: Phase, unit: Unit) -> str:

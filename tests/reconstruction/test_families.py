@@ -10,12 +10,14 @@ import torch
 
 from edadm.errors import EdadmError
 from edadm.quant.calibrate import set_activation_ranges, set_weight_ranges
-from edadm.quant.network import Bits, QuantModel
+from edadm.quant.network import Bits, QuantModel, unit_state
 from edadm.quant.ranges import MinMax
+from edadm.reconstruction.cache import Cache
 from edadm.reconstruction.passes import Arguments, one_tensor
 from edadm.reconstruction.random import seeded
 from edadm.reconstruction.reconstruct import reconstruct
 from edadm.reconstruction.settings import Joint
+from tests.reconstruction.elsewhere import Elsewhere
 from tests.toys import DENOISERS
 
 JOINT = Joint(1, lr_weight=0.1, lr_act=1e-3, batch=2)
@@ -82,6 +84,19 @@ def test_inputs_and_targets_are_those_of_a_plain_pass(name, granularity):
         assert losses == len(tapped) == len(data.layer_targets)
         for path, target in zip(tapped, data.layer_targets, strict=True):
             close(target, layers[path])
+
+
+@pytest.mark.parametrize("place", ["disk", "elsewhere"])
+@pytest.mark.parametrize("name", DENOISERS)
+def test_what_waits_elsewhere_gives_the_same_bits(name, place, tmp_path):
+    cache = Elsewhere() if place == "elsewhere" else Cache("disk", tmp_path / "cache")
+    (one, _, seen), (other, _, moved) = run(name, "fbr"), run(name, "fbr", cache=cache)
+    for unit, (data, _) in seen.items():
+        for found, expected in zip(moved[unit][0].layer_targets, data.layer_targets, strict=True):
+            assert torch.equal(found, expected)
+    for first, second in zip(one.units("block"), other.units("block"), strict=True):
+        expected, found = unit_state(first), unit_state(second)
+        assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
 
 
 def test_joint_blocks_are_optimised_on_both_streams():

@@ -9,6 +9,10 @@ from edadm.errors import EdadmError
 from edadm.quant.calibrate import set_activation_ranges
 from edadm.quant.network import Bits, load_unit_state
 from edadm.quant.ranges import MSE
+from edadm.reconstruction import reconstruct as reconstruction
+from edadm.reconstruction.cache import Cache
+from edadm.reconstruction.parking import held_tensors
+from edadm.reconstruction.passes import PausedPasses
 from edadm.reconstruction.random import seeded
 from edadm.reconstruction.reconstruct import RANGES, reconstruct
 from edadm.reconstruction.settings import Joint, TwoPhase
@@ -70,13 +74,67 @@ def test_resuming_at_any_unit_gives_the_same_bits(make_network, rows, settings):
         assert_equal(state(resumed), expected)
 
 
-def test_storage_elsewhere_gives_the_same_bits(make_network, rows):
-    states = []
-    for storage in (None, torch.device("cpu")):
-        network = make_network()
-        run(network, rows, JOINT, limit=4, storage=storage)
-        states.append(state(network))
-    assert_equal(*states)
+@pytest.mark.parametrize("settings", [JOINT, TWO_PHASE])
+def test_the_place_of_the_cache_changes_no_bit(make_network, rows, settings, tmp_path):
+    expected = make_network(ranges=settings is JOINT)
+    _, reports = run(expected, rows, settings, limit=9)
+    for place in ("host", "disk"):
+        network = make_network(ranges=settings is JOINT)
+        _, found = run(network, rows, settings, limit=9, cache=Cache(place, tmp_path / place))
+        assert_equal(state(network), state(expected))
+        assert [(r.loss_before, r.loss_after) for r in found] == [(r.loss_before, r.loss_after) for r in reports]
+        assert not (tmp_path / place).exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_waiting_passes_of_a_gpu_hold_what_plain_passes_hold(make_network, rows, tmp_path, place):
+    network, seen = make_network().cuda(), []
+    run(network, rows, JOINT, limit=9, cache=Cache(place, tmp_path / "cache"), observe=lambda step: seen.append(step))
+    step = next(step for step in seen if step.unit.name == "down_blocks.1.attentions.0")
+    data = [step.data.full, step.data.quantized, *step.data.companions, step.data.target, *step.data.layer_targets]
+    assert {tensor.device.type for tensor in data} == {"cuda" if place == "device" else "cpu"}
+    caught = []
+    step.unit.module.register_forward_hook(lambda module, inputs, output: caught.append((inputs[0], output)))
+    network.set_state(weights=False, activations=False)
+    with torch.no_grad():
+        network(*(part.cuda() for part in rows))
+    for found, expected in zip((step.data.full, step.data.target), caught[0], strict=True):
+        torch.testing.assert_close(found.cuda(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_cache_on_disk_holds_everything_that_waits_in_files(make_network, rows, tmp_path, monkeypatch):
+    class Seen(PausedPasses):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            both.append(self)
+
+    def look(step):
+        data = step.data
+        cached = [data.full, data.quantized, *data.companions, data.target, *data.layer_targets]
+        assert all(tensor.untyped_storage().filename for tensor in cached)
+        waiting = [tensor for passes in both for one in passes._passes for tensor in held_tensors(one, one.rows)]
+        fixed = {part.untyped_storage().data_ptr() for part in rows}
+        own = [tensor.untyped_storage() for tensor in waiting if tensor.untyped_storage().data_ptr() not in fixed]
+        seen.append(len(own))
+        assert all(storage.filename for storage in own)
+
+    seen, both = [], []
+    monkeypatch.setattr(reconstruction, "PausedPasses", Seen)
+    run(make_network(), rows, JOINT, limit=7, cache=Cache("disk", tmp_path / "cache"), observe=look)
+    assert max(seen) >= 2 * 3 * 4  # both paths, three batches, the open skip connections
+
+
+def test_quantized_weights_of_finished_units_are_not_kept(make_network, rows):
+    network = make_network()
+    kept = []
+
+    def look(step):
+        kept.append([name for name, layer in network.layers.items() if layer._dequantized is not None])
+
+    run(network, rows, JOINT, limit=6, observe=look)
+    assert not any(kept)  # nor of the one under way, whose rounding is soft
 
 
 def test_states_after_a_gap_are_computed_again(make_network, rows):
