@@ -103,7 +103,8 @@ class QuantLayer(nn.Module):
     def weight_codes(self) -> list[torch.Tensor]:
         """Return the unsigned integer codes of each weight part, uint8 with the shape of the part."""
         codes = []
-        for part, q in zip(self._parts(self.quantized_weight()), self.weight_quantizers):
+        for part, q in zip(self._parts(self.weight), self.weight_quantizers):
+            part = part if self.weight_is_quantized else q.hard(part)  # not kept, unlike quantized_weight
             shape = (-1,) + (1,) * (part.ndim - 1)
             codes.append((part / q.scale.view(shape)).round_().add_(q.zero_point.view(shape)).to(torch.uint8))
         return codes
@@ -131,6 +132,7 @@ class QuantLayer(nn.Module):
         """Make the rounding of each weight part learnable (AdaRound) and return the variables alpha."""
         if is_float(self.bits.weight):
             return []
+        self._dequantized = None
         self.alphas = nn.ParameterList(
             nn.Parameter(init_alpha(part, q.scale)) for part, q in zip(self._parts(self.weight), self.weight_quantizers)
         )

@@ -125,11 +125,15 @@ class QuantModel(nn.Module):
                 raise EdadmError(f"{name} feeds forward in chunks: call disable_forward_chunking() first")
 
     def _replace_layers(self) -> None:
+        modules = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, QUANTIZABLE) and not self.family.is_float(name)
+        }
+        roles = {name: self._role(name, module) for name, module in modules.items()}
         splits = self.family.splits(self.model) if self.plan.split else {}
-        for name, module in list(self.model.named_modules()):
-            if not isinstance(module, QUANTIZABLE) or self.family.is_float(name):
-                continue
-            role = self._role(name, module)
+        for name, module in modules.items():
+            role = roles[name]
             layer = QuantLayer(module, name, role, self.plan.layer_bits(role, self.bits), splits.get(name))
             self.model.set_submodule(name, layer)
             self.layers[name] = layer

@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from edadm import cost
@@ -180,7 +181,8 @@ def test_costs_count_every_layer_and_product(name):
     denoiser = DENOISERS[name]
     model, inputs = denoiser.build(), denoiser.inputs(1)
     layers = cost.measure(model, **inputs)
-    with FlopCounterMode(display=False) as flops:
+    # the counter of torch 2.7 does not see the products inside the fused attention of a CPU
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
         model(**inputs)
     assert 2 * sum(layer.macs for layer in layers) == flops.get_total_flops()
     network = QuantModel.wrap(model, Bits(4, 8))
