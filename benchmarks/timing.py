@@ -6,20 +6,16 @@ process, and what counts is the ratio of the two.
 
 from __future__ import annotations
 
-import os
-import platform
-import re
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-HEADER = ("operation", "ms", "ours, median", "ours, min", "official", "target")
+HEADER = ("operation", "ms", "ours, median", "quartiles", "n", "official", "target")
 
 
 def clock(device: torch.device, threads: int) -> Callable[[], float]:
@@ -32,6 +28,11 @@ def clock(device: torch.device, threads: int) -> Callable[[], float]:
 
         return synchronized
     return time.process_time if threads == 1 else time.perf_counter
+
+
+def clock_name(device: torch.device, threads: int) -> str:
+    """Return what ``clock`` reads."""
+    return "wall clock" if device.type == "cuda" or threads > 1 else "CPU time"
 
 
 @dataclass
@@ -72,37 +73,58 @@ class Pairs:
             self.stop()
         return self
 
-    def ratios(self, parts: float = 1) -> tuple[float, float]:
-        """Return the median of the paired ratios and the ratio of the minima, of one of ``parts`` equal parts.
-
-        parts below 1: the measurement was that share of the work.
-        """
-        paired = [own / other for own, other in zip(self.seconds, self.references, strict=False)]
-        return statistics.median(paired) / parts, min(self.seconds) / min(self.references) / parts
-
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; ratios in units of the reference."""
+    """One operation: its seconds, each beside the seconds of the reference before it, and what is known of it.
+
+    official, target: ratios of the official code and those aimed at, as text.
+    """
 
     operation: str
-    seconds: float
-    median: float
-    minimum: float
+    seconds: tuple[float, ...]
+    references: tuple[float, ...]
     official: str = "-"
     target: str = "-"
 
     @classmethod
     def of(cls, operation: str, pairs: Pairs, official: str = "-", target: str = "-", parts: float = 1) -> Row:
-        """Sum up the measurements of an operation; parts as in ``Pairs.ratios``."""
-        return cls(operation, statistics.median(pairs.seconds) / parts, *pairs.ratios(parts), official, target)
+        """Sum up the measurements of an operation, each of which did ``parts`` of it: below 1, a share of the work."""
+        seconds = tuple(value / parts for value in pairs.seconds)
+        return cls(operation, seconds, tuple(pairs.references[: len(seconds)]), official, target)
+
+    @property
+    def ratios(self) -> list[float]:
+        """The operation in units of the reference, once for every pair."""
+        return [own / other for own, other in zip(self.seconds, self.references, strict=True)]
+
+    @property
+    def median(self) -> float:
+        """The median of the ratios."""
+        return statistics.median(self.ratios)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The lower and the upper quartile of the ratios."""
+        if len(self.ratios) < 2:
+            return self.median, self.median
+        low, _, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def least_seconds(self) -> float:
+        """The seconds of the measurement that other work disturbed least."""
+        return min(self.seconds)
 
 
 def markdown(rows: Iterable[Row]) -> str:
     """Return the rows as a Markdown table."""
     lines = [HEADER, ("---", *("---:",) * (len(HEADER) - 1))]
     for row in rows:
-        numbers = (f"{row.seconds * 1e3:.1f}", f"{row.median:.3g}", f"{row.minimum:.3g}")
+        low, high = row.quartiles
+        spread = f"{low:.3g} to {high:.3g}"
+        milliseconds = f"{statistics.median(row.seconds) * 1e3:.1f}"
+        numbers = (milliseconds, f"{row.median:.3g}", spread, str(len(row.seconds)))
         lines.append((row.operation, *numbers, row.official, row.target))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -113,20 +135,3 @@ def peak_mebibytes(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def machine(device: torch.device, threads: int) -> str:
-    """Describe what the numbers were measured on, its load included."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    timed = "wall clock" if device.type == "cuda" or threads > 1 else "CPU time"
-    return (
-        f"{name}, {os.cpu_count()} cores, {threads} thread{'s' * (threads != 1)}, load {load}; "
-        f"torch {torch.__version__}, Python {platform.python_version()}; {timed}"
-    )
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    return found[1] if found else platform.processor() or platform.machine()

@@ -1,27 +1,31 @@
 """`python -m edadm.compare`: resample the finished runs of a results folder and show their paired differences.
 
-A run's draws are made from its cached images once, next to its record; from then on every difference between two runs
-follows from their records and draws (`edadm.comparison`). A run whose images are no longer cached is skipped.
+A run's draws are made from its cached images and features once, next to its record; from then on every difference
+between two runs follows from their records and draws (`edadm.comparison`). A run without cached images is skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from edadm import stages
 from edadm.comparison import RESAMPLED, Draws, MetricDraws, draws_path, read_all_draws, read_draws, write_draws
 from edadm.errors import EdadmError
-from edadm.metrics import tiny
-from edadm.metrics.draws import VERSION, Evaluation
-from edadm.metrics.registry import METRICS
+from edadm.metrics import networks, tiny
+from edadm.metrics.draws import KEPT, VERSION, Evaluation
+from edadm.metrics.inception_network import RELEASE_SHA256, find_weights
+from edadm.metrics.references import content_of
+from edadm.metrics.registry import INCEPTION, METRICS, TINY
 from edadm.records import Record, Stage, path_of, provenance, read_all
 from edadm.report import sheet
 from edadm.report.contrasts import REFERENCE
@@ -33,6 +37,7 @@ from edadm.store import Store, defect, file_sha256
 logger = logging.getLogger(__name__)
 
 DEFAULT_RESULTS = (Path("results/reference"), Path("results/local"))
+REMEDY = "runs of profiles with verdicts keep them: run it again with another results=FOLDER"
 SAME = 1e-3  # relative; the same images give the same metric but for rounding
 
 
@@ -43,43 +48,53 @@ class NotResampled(EdadmError):
 def complete(
     wanted: Iterable[Record], results_dir: Path, store: Store, other_results: Iterable[Path] = ()
 ) -> list[str]:
-    """Write the draws that finished runs of a results set lack; return a line for each run that stays without any.
+    """Write the draws that finished runs of a results set lack; return a line for what stays without any.
 
     other_results: sets that may hold the record of the full-precision model too.
     """
-    missing = [record for record in wanted if resampled_metrics(record) and not has_draws(record, results_dir)]
+    missing = [(record, names) for record in wanted if (names := without_draws(record, results_dir))]
     everything = read_all([results_dir, *other_results]) if missing else []
     skipped = []
-    for record in missing:
-        try:
-            write_draws(resample(record, _full_precision(record, everything), store), results_dir)
-        except EdadmError as error:
-            skipped.append(f"{base_label(record)} {record.bits.name} seed {record.seed} ({record.hash[:8]}): {error}")
+    for record, names in missing:
+        lost = [name for name in names if name in KEPT and not _has_kept(record, store)]
+        who = f"{base_label(record)} {record.bits.name} seed {record.seed} ({record.hash[:8]})"
+        if len(lost) < len(names):
+            try:
+                write_draws(resample(record, _full_precision(record, everything), store), results_dir)
+            except EdadmError as error:
+                skipped.append(f"{who}: {error}")
+                continue
+        if lost:
+            skipped.append(f"{who}, {', '.join(lost)}: no features in the cache {store.root}, where {REMEDY}")
     return skipped
 
 
-def has_draws(record: Record, results_dir: Path) -> bool:
-    """Say whether the draws of a run are there, for every metric that can be resampled and of its version."""
-    path = draws_path(path_of(results_dir, record.task, record.hash))
+def without_draws(record: Record, results_dir: Path) -> list[str]:
+    """Return the metrics of a run that can be resampled and have no draws of their version."""
+    path, names = draws_path(path_of(results_dir, record.task, record.hash)), resampled_metrics(record)
     try:
         draws = read_draws(path) if path.is_file() else None
     except EdadmError:
-        return False
+        draws = None
     if draws is None or draws.version != VERSION:
-        return False
+        return names
     versions = {name: metric.version for name, metric in draws.metrics.items()}
-    return all(versions.get(name) == METRICS[name].version for name in resampled_metrics(record))
+    return [name for name in names if versions.get(name) != METRICS[name].version]
 
 
 def resample(record: Record, full_precision: Record, store: Store) -> Draws:
-    """Return the draws of a run from its cached images. Raises NotResampled where they are missing or others."""
-    names = resampled_metrics(record)
+    """Return the draws of a run from its cached images and features, of every metric whose features were kept.
+
+    Raises NotResampled where the images are missing or others.
+    """
+    kept = stages.read_kept(_cached(record, store, "metrics")) if _has_kept(record, store) else {}
+    names = [name for name in resampled_metrics(record) if name not in KEPT or KEPT[name] in kept]
     images = stages.read_images(_cached(record, store, "images"))
     steps = stages.read_sqnr(_cached(record, store, "sqnr")) if "sqnr" in names else None
     fp_images = _cached(full_precision, store, "images").folder
-    reference = _reference(record) if any(METRICS[name].proxy for name in names) else None
-    evaluation = _evaluation(fp_images, reference, record.protocol["evaluation_seed"])
-    found = evaluation.resample(images, names, steps)
+    settings = json.dumps(record.config.get("metrics", {}), sort_keys=True)
+    evaluation = _evaluation(fp_images, _sources(record, names), settings, record.protocol["evaluation_seed"])
+    found = evaluation.resample(images, names, steps, kept)
     for name, result in found.items():
         recorded = record.metrics[name]["value"]
         if not math.isclose(result.value, recorded, rel_tol=SAME, abs_tol=1e-6):
@@ -97,6 +112,10 @@ def resampled_metrics(record: Record) -> list[str]:
         return []
     results = {name: result for name, result in record.metrics.items() if name in RESAMPLED}
     return [name for name, result in results.items() if result.get("value") is not None and (result.get("n") or 0) > 1]
+
+
+def _has_kept(record: Record, store: Store) -> bool:
+    return (store.root / "metrics" / record.artefacts.get("metrics", "-") / stages.KEPT).is_file()
 
 
 def _full_precision(record: Record, everything: Iterable[Record]) -> Record:
@@ -122,23 +141,46 @@ def _cached(record: Record, store: Store, stage: str) -> stages.Result:
     return stages.Result(stage, folder, Stage(None), {})
 
 
-def _reference(record: Record) -> Path:
-    """Return the file of the reference statistics with which a record was made."""
-    path = Path(record.config.get("metrics", {}).get("reference") or tiny.REFERENCE).expanduser()
-    expected = record.protocol.get("tiny", {})
-    if not path.is_file() or expected != {"features": file_sha256(tiny.WEIGHTS), "reference": file_sha256(path)}:
-        raise NotResampled("its proxies were measured with another feature network or other reference statistics")
-    return path
+def _sources(record: Record, names: Collection[str]) -> tuple[str, ...]:
+    """Return what a run's metrics are compared with: tiny, inception, dinov2. Raises NotResampled where it changed."""
+    settings, protocol = record.config.get("metrics", {}), record.protocol
+    found: dict[str, Any] = {}
+    if any(name in TINY for name in names):
+        path = _tiny_reference(settings)
+        found["tiny"] = path.is_file() and {"features": file_sha256(tiny.WEIGHTS), "reference": file_sha256(path)}
+    if any(name in INCEPTION and name != "is" for name in names):
+        part = settings["inception"]
+        weights = find_weights(part["weights"], part["sha256"] or RELEASE_SHA256)[1]
+        found["inception"] = {"weights": weights, "reference": content_of(part["reference"], settings["crop"])}
+    if "fd_dinov2" in names:
+        found |= networks.identities(settings, ["fd_dinov2"], None)
+    for name, identity in found.items():
+        if identity != protocol.get(name):
+            raise NotResampled(f"it was measured with another feature network or other reference statistics ({name})")
+    return tuple(found)
+
+
+def _tiny_reference(settings: Mapping[str, Any]) -> Path:
+    return Path(settings.get("reference") or tiny.REFERENCE).expanduser()
 
 
 @lru_cache(maxsize=1)
-def _evaluation(fp_images: Path, reference: Path | None, seed: int) -> Evaluation:
-    """Return what all runs on one noise share; kept, since runs of one sweep come one after the other."""
-    images = stages.read_images(stages.Result("images", fp_images, Stage(None), {}))
+def _evaluation(fp_images: Path, sources: tuple[str, ...], settings: str, seed: int) -> Evaluation:
+    """Return what all runs on one noise share; kept, since runs of one sweep come one after the other.
+
+    settings: the group ``metrics`` as JSON.
+    """
+    part = json.loads(settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if reference is None:
-        return Evaluation(images, None, None, seed)
-    return Evaluation(images, tiny.load_reference(reference), tiny.load_network(device=device), seed)
+    return Evaluation(
+        fp_images=stages.read_images(stages.Result("images", fp_images, Stage(None), {})),
+        reference=tiny.load_reference(_tiny_reference(part)) if "tiny" in sources else None,
+        network=tiny.load_network(device=device) if "tiny" in sources else None,
+        seed=seed,
+        inception=stages.inception_of(part, part["names"], device)[1] if "inception" in sources else None,
+        dinov2=networks.load(part, ["fd_dinov2"], device).reference if "dinov2" in sources else None,
+        device=device,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

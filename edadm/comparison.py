@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 LEVEL = 0.95
 POWER = 0.8
-RESAMPLED = ("fd_tiny", "sfd_tiny", "is_tiny", "fd_tiny_to_fp", "sqnr", "psnr", "ssim")  # by `edadm.metrics.draws`
+RESAMPLED = (
+    "fd_tiny", "sfd_tiny", "is_tiny", "fd_tiny_to_fp", "sqnr", "psnr", "ssim", "fid", "sfid", "is", "kid", "fd_dinov2",
+    "clip", "clip_tiny", "aesthetic",
+)  # by `edadm.metrics.draws`  # fmt: skip
 FEW_SEEDS = 3  # below, no difference between methods is a finding
 DIGITS = 7  # significant digits kept of a draw
 MOST_SEEDS, MOST_IMAGES = 100, 1_000_000  # beyond, a design is not worth naming

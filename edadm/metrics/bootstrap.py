@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from edadm.metrics.frechet import (
     Features,
@@ -101,8 +102,33 @@ def resampled_statistics(features: Features, counts: np.ndarray) -> ResampledSta
     return ResampledStatistics(mean, covariance)
 
 
-def frechet_draws(a: ResampledStatistics, b: ResampledStatistics | Statistics) -> np.ndarray:
-    """Return the Frechet distance (B,) of every resample of a to a fixed reference, or to the same resample of b."""
+def frechet_draws(
+    features: Features, reference: Statistics, counts: np.ndarray, device: torch.device | str = "cpu"
+) -> np.ndarray:
+    """Return the Frechet distance (B,) of every resample of features (N, D) to a fixed reference.
+
+    counts (B, N): how often each image is drawn. tr((S S_r)^(1/2)) is the sum of the singular values of the centred
+    rows times F, with F F^T = S_r, divided by (N - 1)^(1/2). Rows times F are formed once; a resample costs one Gram
+    matrix, of its distinct images or of the features, whichever are fewer, and its eigenvalues. Memory does not grow
+    with B.
+    """
+    x = torch.as_tensor(as_matrix(features), device=device)
+    mean, factor = (torch.as_tensor(part, device=device) for part in (reference.mean, _factor(reference.covariance)))
+    rotated, draws = x @ factor, []
+    for times in torch.as_tensor(counts, device=device):
+        drawn = times > 0
+        weights, total = times[drawn, None], times.sum()
+        own = (weights * x[drawn]).sum(0) / total
+        spread = (weights * (x[drawn] - own).square()).sum() / (total - 1)
+        rows = (weights / (total - 1)).sqrt() * (rotated[drawn] - own @ factor)
+        gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
+        overlap = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
+        draws.append(float((own - mean).square().sum() + spread - 2 * overlap))
+    return np.array(draws) + np.trace(reference.covariance)
+
+
+def frechet_draws_between(a: ResampledStatistics, b: ResampledStatistics) -> np.ndarray:
+    """Return the Frechet distance (B,) of every resample of a to the same resample of b."""
     # for any F with F F^T = S_b, F^T S_a F has the eigenvalues of S_a S_b
     factor = _factor(b.covariance)
     products = np.swapaxes(factor, -1, -2) @ a.covariance @ factor
@@ -136,8 +162,7 @@ def frechet_difference(
         raise ValueError(f"features {x.shape} and {y.shape} do not pair up: both need the images of the same noise")
     value = frechet_distance(statistics(x), reference) - frechet_distance(statistics(y), reference)
     counts = resample_counts(len(x), resamples, rng)
-    a_draws, b_draws = (frechet_draws(resampled_statistics(z, counts), reference) for z in (x, y))
-    draws = a_draws - b_draws
+    draws = frechet_draws(x, reference, counts) - frechet_draws(y, reference, counts)
     bias = float(draws.mean()) - value
     low, high = _quantiles(draws, level)
     return FrechetDifference(
