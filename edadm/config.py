@@ -27,7 +27,10 @@ OmegaConf.register_new_resolver("share", lambda total, share: max(1, round(total
 OmegaConf.register_new_resolver("available", lambda group, *names: available(group, names), replace=True)
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+CACHES = ("auto", "device", "host", "disk")
+WORDS_OF_SAMPLER = ("name", "_target_", "spacing", "beta_schedule")  # all other settings of one are numbers
 PROFILE_NUMBERS = ("rows", "batch", "iterations")
+CACHE = ("reconstruction", "cache")  # where tensors lie in the meantime changes no result
 NO_PART_OF_A_RUN = ("experiments", "experiment", "scale")  # an experiment chooses runs and changes none
 RECIPE_NUMBERS = ("lr_weight", "lr_act", "layer_loss_weight", "layer_loss_pass")
 
@@ -210,11 +213,16 @@ def check(values: Mapping[str, Any]) -> None:
     for what in ("weight", "act", "softmax"):
         _choice(f"bits.{what}", values["bits"][what], WIDTHS, "2 to 8, or 16 / 32 to leave it in floating point")
     _choice("precision", values["precision"], PRECISIONS)
+    _choice("reconstruction.cache", values["reconstruction"].get("cache", CACHES[0]), CACHES)
     _choice("device", str(values["device"]).split(":")[0], ("auto", "cpu", "cuda"))
     for what in ("n_images", "chunk", "profile.rows", "profile.batch", "profile.iterations", "sampler.steps"):
         _whole_number(what, _at(values, what), least=0 if what == "n_images" else 1)
     for what in ("seed", "evaluation_seed"):
         _whole_number(what, values[what], least=0)
+    for group in ("sampler", "calibration_sampler"):
+        for key, value in (values.get(group) or {}).items():
+            if key not in WORDS_OF_SAMPLER and value is not None and not _is_number(value):
+                raise EdadmError(f"{group}.{key}={value}: give a number")
     if values["threads"] is not None:
         _whole_number("threads", values["threads"], least=1)
     if values["profile"]["batch"] > values["profile"]["rows"]:
@@ -237,6 +245,10 @@ def _choice(name: str, value: Any, choices: Sequence[Any], words: str | None = N
 def _whole_number(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise EdadmError(f"{name}={value}: give a whole number of at least {least}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _at(values: Mapping[str, Any], name: str) -> Any:
@@ -297,7 +309,8 @@ def variant(values: Mapping[str, Any]) -> dict[str, Any]:
         if part["name"] != values[slot]["name"]:
             differences[slot] = values[slot]["name"]
         else:
-            differences |= {f"{slot}.{key}": value for key, value in values[slot].items() if part.get(key) != value}
+            changed = {key: value for key, value in values[slot].items() if part.get(key) != value}
+            differences |= {f"{slot}.{key}": value for key, value in changed.items() if (slot, key) != CACHE}
     if values.get("calibration_sampler"):
         differences |= _of_calibration_sampler(values["calibration_sampler"], own.get("calibration_sampler"))
     differences |= {

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 
+from edadm import memory
+from edadm.errors import EdadmError
 from edadm.keys import Run
 from edadm.progress import duration
 from edadm.sampling.guidance import denoise_for
@@ -62,7 +66,11 @@ def seconds_per_row(run: Run) -> float:
 
     Under guidance this is that of two rows. A network so slow that one image takes long is timed on one image once.
     """
-    network = noise_prediction(run.task.denoiser(run.device))
+    return _seconds_per_row(run, run.task.denoiser(run.device))
+
+
+def _seconds_per_row(run: Run, denoiser: nn.Module) -> float:
+    network = noise_prediction(denoiser)
     if (once := _seconds(run, network, rows=1, passes=1)) > SLOW:
         return once
     rows = min(run.settings["chunk"], 16)
@@ -76,19 +84,45 @@ def _seconds(run: Run, network: Callable[..., torch.Tensor], rows: int, passes: 
     with torch.no_grad():
         started = time.perf_counter()
         for _ in range(passes):
-            unwrap(denoise(x, timestep)).sum().item()
+            try:
+                unwrap(denoise(x, timestep)).sum().item()
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                raise EdadmError(
+                    f"the network in {run.task.location()} does not take samples of {list(run.task.sample_shape)} and "
+                    f"the conditions of task {run.task.name} ({str(error).splitlines()[0]}): is it that of another "
+                    "task? Else set model.sample_shape"
+                ) from error
     return (time.perf_counter() - started) / (passes * rows)
 
 
 def announcement(run: Run, baseline: Run | None) -> str:
-    """Return what a run is about to cost as one line, the full-precision row included if it is not there yet."""
+    """Return what a run is about to cost, the full-precision row included if it is not there yet.
+
+    One line on time and, where something is reconstructed, one on memory. Raises EdadmError when that cannot fit.
+    """
     missing = stage_seconds(run, 1.0)
     if baseline is not None:
         missing |= {f"fp {stage}": passes for stage, passes in stage_seconds(baseline, 1.0).items()}
     if not missing:
         return f"{run.settings.label}: every stage is in the cache"
-    rate = seconds_per_row(run)
+    denoiser = run.task.denoiser(run.device)
+    rate = _seconds_per_row(run, denoiser)
     parts = ", ".join(f"{stage} {duration(passes * rate)}" for stage, passes in missing.items())
     settings = run.settings
-    what = f"{settings['profile.rows']} rows, {settings['n_images']} images, {len(run.sampler.timesteps)} steps"
-    return f"{settings.label} on {run.device}: {what}; about {duration(sum(missing.values()) * rate)} ({parts})"
+    images = f"{settings['n_images']} images{_repeated_prompts(run)}"
+    what = f"{settings['profile.rows']} rows, {images}, {len(run.sampler.timesteps)} steps"
+    text = f"{settings.label} on {run.device}: {what}; about {duration(sum(missing.values()) * rate)} ({parts})"
+    if run.optimizer is None or "quantized" not in missing:
+        return text
+    return f"{text}\n{memory.line(run, memory.need_of_denoiser(run, denoiser))}"
+
+
+def _repeated_prompts(run: Run) -> str:
+    """Say of how many prompts the images are, where there are fewer of them."""
+    conditions: Any = None if run.guidance is None else run.guidance.conditions
+    evaluated = getattr(getattr(conditions, "own", conditions), "evaluated", None)
+    if evaluated is None or len(evaluated) >= run.settings["n_images"]:
+        return ""
+    return f" of {len(evaluated)} prompts, each used several times"

@@ -6,7 +6,6 @@ task -> fp trajectories -> calibration rows -> quantized model -> images -> metr
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from edadm import compare, config, cost, journal, records, stages, tracking
+from edadm import compare, config, cost, journal, preflight, records, stages, tracking
 from edadm.comparison import read_all_draws
 from edadm.config import Settings
 from edadm.diagnostics import registry as diagnostics
@@ -33,6 +32,7 @@ from edadm.report.render import markdown
 from edadm.report.table import tables
 from edadm.sampling.noise import EVALUATION
 from edadm.store import Store, atomic_file, content_hash
+from edadm.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +54,12 @@ def prepare(settings: Settings, sweep: str | None = None) -> Run:
     """
     check_torchvision()
     diagnostics.check(settings["diagnostics"])
-    device = _device(settings["device"])
+    device = device_named(settings["device"])
     if settings["threads"] is not None:
         torch.set_num_threads(settings["threads"])
     task = build_part(settings["task"])
     if settings["load"]:
-        settings = _of_loaded_model(settings)
+        settings = _of_loaded_model(settings, task)
     if settings["images"]:
         variant = {"images": settings["images"]}
         settings = dataclasses.replace(settings, values={**settings.values, "method": "images"}, variant=variant)
@@ -71,7 +71,8 @@ def prepare(settings: Settings, sweep: str | None = None) -> Run:
     return run
 
 
-def _device(name: str) -> str:
+def device_named(name: str) -> str:
+    """Return the device of a name, which may be auto. Raises EdadmError for a GPU that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -79,15 +80,20 @@ def _device(name: str) -> str:
     return name
 
 
-def _of_loaded_model(settings: Settings) -> Settings:
-    """Return the settings with bits, method and seed of a saved quantized model."""
+def _of_loaded_model(settings: Settings, task: Task) -> Settings:
+    """Return the settings with bits, method and seed of a saved quantized model.
+
+    Raises EdadmError when there is none, for one of another task, and of another class than the user's pipeline has.
+    """
     folder = Path(settings["load"]).expanduser()
-    try:
-        saved = json.loads((folder / io.DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    saved = io.read_description(folder)
+    if saved.get("task", settings["task.name"]) != settings["task.name"]:
         raise EdadmError(
-            f"load={folder}: no readable {io.DESCRIPTION} ({error}); give a folder that save wrote"
-        ) from error
+            f"load={folder} is a quantized model of task {saved['task']}, this is task {settings['task.name']}: choose "
+            f"task={saved['task']}"
+        )
+    if task.own is not None and saved["model_class"] != task.own.denoiser_class:
+        raise EdadmError(f"load={folder} holds a {saved['model_class']}, the pipeline has a {task.own.denoiser_class}")
     values = {
         **settings.values,
         "bits": saved["bits"],
@@ -125,6 +131,7 @@ def _execute(run: Run, announce: bool) -> Path:
         logger.info("%s: record %s is there, nothing is computed", run.settings.label, path)
         _push(run, records.read(path))
         return path
+    preflight.check(run)
     baseline = None if run.is_full_precision or run.images_folder else full_precision(run)
     if announce and not run.images_folder:
         logger.info("%s", announcement(run, baseline))
@@ -208,7 +215,7 @@ def _record(
         variant=dict(settings.variant),
         overrides=list(settings.overrides),
         protocol=run.protocol,
-        config={name: value for name, value in settings.values.items() if name not in NOT_RECORDED},
+        config=_recorded(settings.values) | _calibration_sampling(run),
         metrics=_with_curve(metrics),
         expected_band={name: list(band) for name, band in run.task.expected_band.items()} if expects else {},
         cost=_cost(run, sites) if status == "ok" and not run.images_folder else {},
@@ -218,6 +225,19 @@ def _record(
         sites=[dict(site) for site in sites],
         provenance=records.provenance(run.device),
     )
+
+
+def _calibration_sampling(run: Run) -> dict[str, Any]:
+    """Return how the calibration trajectories of a run were sampled, also where that is as the images are."""
+    calibrates = run.has_network and not (run.loaded or run.calibration_file)
+    return {"calibration_sampler": dict(run.calibration_sampling)} if calibrates else {}
+
+
+def _recorded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration without what changes no result, such as where cached tensors lay."""
+    group, key = config.CACHE
+    recorded = {name: value for name, value in values.items() if name not in NOT_RECORDED}
+    return recorded | {group: {name: value for name, value in values[group].items() if name != key}}
 
 
 def _with_curve(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

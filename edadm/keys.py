@@ -21,33 +21,50 @@ from edadm.metrics import networks, references, tiny
 from edadm.metrics.crops import check_crop
 from edadm.metrics.images import image_files
 from edadm.metrics.inception_network import RELEASE_SHA256, find_weights
-from edadm.metrics.registry import INCEPTION, METRICS
+from edadm.metrics.registry import INCEPTION, METRICS, PROMPTED, TINY
 from edadm.prompts import Prompted, check_prompts, read_prompts
 from edadm.quant.network import Bits, SitePlan
 from edadm.reconstruction.settings import Joint, TwoPhase
 from edadm.sampling.guidance import Guidance
-from edadm.sampling.interface import DiffusionSampler, require_fit
+from edadm.sampling.interface import NOISE, DiffusionSampler, fitted
 from edadm.sampling.noise import EVALUATION
 from edadm.store import Store, content_hash, file_sha256
-from edadm.tasks.base import Decoder, Task
+from edadm.tasks.base import Decoder, Own, Task
 
 VERSION = 1  # of the way the stages call the parts
 ROWS_PER_PASS = 32  # calibration rows in one forward pass of the network
 DEFAULT_SAMPLER = "edadm.sampling.ddim.Sampler"  # of a sampler's configuration that names no class
+OWN = "own"  # the sampler that a user's pipeline brings itself
 
 Key = dict[str, Any]
 
 
 def build_part(part: Mapping[str, Any]) -> Any:
-    """Instantiate a part of the configuration: ``_target_`` called with the other entries but ``name``."""
+    """Instantiate a part of the configuration: ``_target_`` called with the other entries but ``name``.
+
+    Raises EdadmError for an entry that the part does not have.
+    """
     from hydra.utils import get_object
 
-    return get_object(part["_target_"])(**{k: v for k, v in part.items() if k not in ("name", "_target_")})
+    target = get_object(part["_target_"])
+    numbers = {key: value for key, value in part.items() if key not in ("name", "_target_")}
+    if dataclasses.is_dataclass(target):
+        known = [field.name for field in dataclasses.fields(target) if field.name != "version"]
+        if unknown := [key for key in numbers if key not in known]:
+            name = part.get("name", part["_target_"])
+            raise EdadmError(f"{name} has no {', '.join(unknown)}: what can be set is {', '.join(known)}")
+    return target(**numbers)
 
 
 def identity(part: Any) -> Key:
-    """Return what a part contributes to a key: its class, its version and its numbers."""
-    return {"part": type(part).__name__, "version": part.version, **dataclasses.asdict(part)}
+    """Return what a part contributes to a key: its class, its version and its numbers.
+
+    What a sampler's network predicts is named where it is not noise.
+    """
+    numbers = dataclasses.asdict(part)
+    if numbers.get("prediction_type") == NOISE:
+        del numbers["prediction_type"]
+    return {"part": type(part).__name__, "version": part.version, **numbers}
 
 
 @dataclass(frozen=True)
@@ -129,13 +146,22 @@ class Run:
         return self.settings.values.get("calibration_sampler") or self.settings["sampler"]
 
     def _build_sampler(self, part: Mapping[str, Any]) -> DiffusionSampler:
-        numbers = {key: value for key, value in part.items() if key != "guidance_scale"}
-        sampler = build_part({"_target_": DEFAULT_SAMPLER} | numbers)
-        require_fit(sampler, self.task.prediction_type, self.task.learned_variance)
-        return sampler
+        own = self.task.own
+        if part["name"] == OWN:
+            if own is None:
+                self.task.location()
+                raise EdadmError(f"sampler={OWN} is that of a user's pipeline, and this is task {self.task.name}")
+            sampler = own.sampler(part["steps"], float(part["eta"]))
+        else:
+            numbers = {key: value for key, value in part.items() if key != "guidance_scale"}
+            sampler = build_part({"_target_": DEFAULT_SAMPLER} | (numbers if own is None else _filled(numbers, own)))
+        return fitted(sampler, self.task.prediction_type, self.task.learned_variance)
 
     def _build_guidance(self, part: Mapping[str, Any]) -> Guidance | None:
-        scale = float(part.get("guidance_scale", 1.0))
+        own, scale = self.task.own, part.get("guidance_scale", 1.0)
+        if own is not None:  # 1 and less mean none, as in a call of the pipeline
+            scale = 1.0 if own.embeds_guidance else max(1.0, own.guidance_scale if scale is None else scale)
+        scale = float(scale)
         if self.task.conditions is not None:
             return Guidance(self.task.conditions(), scale, self.task.guided_channels)
         if scale != 1:
@@ -194,11 +220,17 @@ class Run:
             "n": self.settings["profile.rows"],
             "batch": self.settings["chunk"],
             "seed": self.settings["seed"],
-            "feature": self.settings["preset.tdac.feature"],
+            "feature": self.feature,
         }
         if self.feature_batches is not None:
             key |= {"feature_batches": self.feature_batches}
         return key | _guidance_key(self.calibration_guidance)
+
+    @property
+    def feature(self) -> str:
+        """The module whose output TDAC reads."""
+        named: str = self.settings["preset.tdac.feature"]
+        return named if self.task.own is None else self.task.own.features.get(named, named)
 
     @property
     def feature_batches(self) -> int | None:
@@ -308,7 +340,7 @@ class Run:
     @property
     def needs_tiny(self) -> bool:
         """Say whether a metric uses the embedded features."""
-        return any(METRICS[name].proxy for name in self.metrics)
+        return any(name in TINY for name in self.metrics)
 
     @property
     def needs_inception(self) -> bool:
@@ -326,18 +358,19 @@ class Run:
     def prompts(self) -> list[str] | None:
         """The prompts of the scored images by number, None where no metric needs them.
 
-        They come from the file ``metrics.clip.prompts``, else from the task. Raises EdadmError when neither has them
-        and when the file has not one for each image.
+        They come from the file ``metrics.clip.prompts`` (of clip_tiny: ``metrics.clip_tiny.prompts``), else from the
+        task. Raises EdadmError when neither has them and when the file has not one for each image.
         """
-        if "clip" not in self.metrics:
+        asking = next((name for name in PROMPTED if name in self.metrics), None)
+        if asking is None:
             return None
-        count, path = self.settings["n_images"], networks.section(self.settings["metrics"], "clip")["prompts"]
+        count, path = self.settings["n_images"], networks.section(self.settings["metrics"], asking)["prompts"]
         if path is None:
             conditions = self.guidance.conditions if self.guidance and not self.images_folder else None
             if not isinstance(conditions, Prompted):
                 raise EdadmError(
-                    f"the images of task {self.task.name} have no prompts of their own: give metrics.clip.prompts, a "
-                    "text file whose line i belongs to image i"
+                    f"the images of task {self.task.name} have no prompts of their own: give metrics.{asking}.prompts, "
+                    "a text file whose line i belongs to image i"
                 )
             return conditions.prompts(EVALUATION, self.settings["evaluation_seed"], range(count))
         prompts = read_prompts(path)
@@ -376,6 +409,24 @@ class Run:
     @cached_property
     def _base(self) -> Key:
         return {"stages": VERSION, "model": self.task.sha256(), "threads": self.threads}
+
+
+def _filled(numbers: Key, own: Own) -> Key:
+    """Return the numbers of a sampler with those of the pipeline's training where they are open.
+
+    Raises EdadmError naming those that the pipeline does not say either.
+    """
+    from hydra.utils import get_object
+
+    part = get_object(numbers.get("_target_", DEFAULT_SAMPLER))
+    taken = {field.name for field in dataclasses.fields(part)}
+    filled = {**own.schedule, **{key: value for key, value in numbers.items() if value is not None}}
+    if unknown := [key for key in numbers if key.startswith("beta_") and key in taken and key not in filled]:
+        raise EdadmError(
+            f"sampler={numbers['name']} needs {', '.join(unknown)}, which the pipeline's scheduler does not have: use "
+            f"sampler={OWN}, or give the numbers of the training"
+        )
+    return {key: value for key, value in filled.items() if key in taken or key in ("name", "_target_")}
 
 
 def _guidance_key(guidance: Guidance | None) -> Key:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 STATUSES = ("ok", "skipped", "diverged", "failed")
 FP_METHOD = "fp"
-DIAGNOSTICS, DRAWS = "diagnostics", "draws"  # folders beside records that hold none
+DIAGNOSTICS, DRAWS, BENCHMARKS, CARDS = BESIDE = "diagnostics", "draws", "benchmarks", "cards"  # no records of runs
 QUANTIZATION_STAGES = ("calibration", "ranges", "reconstruction")
 _LIBRARIES = (
     "edadm",
@@ -188,13 +188,12 @@ def read(path: Path) -> Record:
 def read_all(folders: Iterable[Path]) -> list[Record]:
     """Return the records below some folders, one per hash (the newest), in the order of their paths.
 
-    A broken file is skipped with a warning that names it; hidden files and folders, ``diagnostics/`` and ``draws/``
-    hold none.
+    A broken file is skipped with a warning that names it; hidden files and folders, and those of ``BESIDE``, hold none.
     """
     found: dict[str, Record] = {}
     for folder in map(Path, folders):
         for path in sorted(folder.rglob("*.json")):
-            if any(part.startswith(".") or part in (DIAGNOSTICS, DRAWS) for part in path.relative_to(folder).parts):
+            if any(part.startswith(".") or part in BESIDE for part in path.relative_to(folder).parts):
                 continue
             try:
                 record = read(path)

@@ -20,11 +20,12 @@ from edadm.config import Settings
 from edadm.errors import EdadmError
 from edadm.estimate import seconds_per_row, stage_passes
 from edadm.keys import Run, build_part
+from edadm.metrics import clip_tiny
 from edadm.metrics.images import image_files
 from edadm.progress import duration
 from edadm.store import Store, cache_root
 from edadm.tasks import weights
-from edadm.tasks.base import Task
+from edadm.tasks.base import PIPELINE, Task
 
 HERE, MISSING, FETCHED = "here", "MISSING", "fetched on first use"
 COPIES = 3  # of the denoiser in memory while it is reconstructed: float weights, quantized ones, what is learned
@@ -54,7 +55,8 @@ def report(settings: Settings) -> tuple[str, bool]:
     needs = list(needs_of(run))
     lines = [f"{settings.label} on task {task.name}, profile {settings['profile.name']}", "Needs"]
     lines += [need.line for need in needs]
-    lines += ["Takes", *time_lines(run), "Full precision", *expectation_lines(run)]
+    if not _is_unknown(run):
+        lines += ["Takes", *time_lines(run), "Full precision", *expectation_lines(run)]
     missing = [need.what for need in needs if need.state == MISSING]
     lines.append(f"Missing: {', '.join(missing)}" if missing else "Nothing is missing.")
     return "\n".join(lines), not missing
@@ -80,7 +82,10 @@ def _device(settings: Settings) -> str:
 def needs_of(run: Run) -> Iterator[Need]:
     """Return everything that a run needs, in the order in which it would be missed."""
     yield _weights(run)
-    if "prompts" in run.settings["task"]:
+    if _is_unknown(run):
+        return
+    yield from _parts(run)
+    if "prompts" in run.settings["task"] and (run.task.own is None or run.task.own.takes_prompts):
         yield _package("transformers", "text")
         yield _prompts(run)
     if run.needs_inception:
@@ -89,9 +94,24 @@ def needs_of(run: Run) -> Iterator[Need]:
     for name in ("clip", "aesthetic"):
         if name in run.metrics:
             yield _clip_weights(run, name)
-    if "parameters" in run.settings["model"]:
+    if "clip_tiny" in run.metrics:
+        yield _small_clip()
+    if _size(run) is not None:
         yield _memory(run)
     yield _disk(run)
+
+
+def _is_unknown(run: Run) -> bool:
+    """Say whether the files that would tell what a user's pipeline needs are not here."""
+    return run.settings["task.name"] == PIPELINE and run.task.own is None
+
+
+def _size(run: Run) -> tuple[float, float] | None:
+    """Return parameters and multiply-accumulates of one row, None for an embedded model; no weights are read."""
+    model = run.settings["model"]
+    if "parameters" in model:
+        return float(model["parameters"]), float(model["macs"])
+    return None if run.task.own is None else run.task.own.size()
 
 
 def _weights(run: Run) -> Need:
@@ -108,6 +128,13 @@ def _weights(run: Run) -> Need:
     return Need("weights", HERE, f"{place} ({sum(file.stat().st_size for file in files) / 1e9:.1f} GB)")
 
 
+def _parts(run: Run) -> Iterator[Need]:
+    told = run.task.weights is None or not run.task.weights.exists()  # with the weights, how to get all parts
+    for place in run.task.others:
+        there = place.exists()
+        yield Need("part", HERE if there else MISSING, str(place), "" if there or told else run.task.remedy)
+
+
 def _package(name: str, extra: str) -> Need:
     if importlib.util.find_spec(name) is None:
         return Need("package", MISSING, name, f"pip install 'edadm[{extra}]'")
@@ -115,17 +142,16 @@ def _package(name: str, extra: str) -> Need:
 
 
 def _prompts(run: Run) -> Need:
-    path = run.settings["task.prompts"]
     remedy = "set dataset.prompts to captions_val2014.json of MS-COCO, or to a text file with one prompt a line"
-    if path is None:
-        return Need("prompts", MISSING, "dataset.prompts is not set", remedy)
+    assert run.task.conditions is not None
     try:
-        from edadm.tasks.text import split_prompts
-
-        evaluated, calibration = split_prompts(path, run.settings["task.calibration_prompts"])
+        conditions: Any = run.task.conditions()
     except EdadmError as error:
+        if run.settings["task.prompts"] is None:
+            return Need("prompts", MISSING, "dataset.prompts is not set", remedy)
         return Need("prompts", MISSING, str(error))
-    return Need("prompts", HERE, f"{len(evaluated)} to evaluate, {len(calibration)} others to calibrate")
+    own = getattr(conditions, "own", conditions)
+    return Need("prompts", HERE, f"{len(own.evaluated)} to evaluate, {len(own.calibration)} others to calibrate")
 
 
 def _reference(run: Run) -> Need:
@@ -161,8 +187,18 @@ def _clip_weights(run: Run, name: str) -> Need:
     return Need(name, FETCHED, f"by open_clip unless it has them; else give metrics.{name}.weights")
 
 
+def _small_clip() -> Need:
+    try:
+        clip_tiny.sha256()
+    except EdadmError as error:
+        return Need("clip_tiny", MISSING, str(error))
+    return Need("clip_tiny", HERE, str(clip_tiny.FOLDER))
+
+
 def _memory(run: Run) -> Need:
-    needed = 4 * COPIES * float(run.settings["model.parameters"]) + WORKING_MEMORY
+    size = _size(run)
+    assert size is not None
+    needed = 4 * COPIES * size[0] + WORKING_MEMORY
     if not run.device.startswith("cuda"):
         return Need("GPU", "none", f"runs on {run.device}; about {needed / 1e9:.0f} GB of memory, and slow")
     name, there = torch.cuda.get_device_name(run.device), torch.cuda.get_device_properties(run.device).total_memory
@@ -183,24 +219,33 @@ def _disk(run: Run) -> Need:
 def disk_bytes(run: Run) -> float:
     """Return about how many bytes a run writes: trajectories, the images of both networks, the quantized network."""
     settings, shape = run.settings, run.task.sample_shape
-    side = 1 if run.task.decoder is None else 8 if shape[0] == 4 else 4
+    side = 1 if run.task.decoder is None else getattr(run.task.decoder, "side", 8 if shape[0] == 4 else 4)
     image = 3 * shape[1] * shape[2] * side**2
     rows = settings["profile.rows"]
     trajectories = 4 * rows * (len(run.calibration_sampler.timesteps) + 1) * math.prod(shape)
-    network = 4 * float(settings["model"].get("parameters", 0))
+    size = _size(run)
+    network = 0.0 if size is None else 4 * size[0]
     return 3 * settings["n_images"] * image + trajectories + network
 
 
 def time_lines(run: Run) -> list[str]:
     """Return the estimated time of every stage, good to a factor of about three."""
-    macs = run.settings["model"].get("macs")
+    size = _size(run)
+    macs = run.settings["model"].get("macs") if size is None else size[1]
     if macs is None:  # an embedded model: it is here, and quick
         seconds = seconds_per_row(run)
     else:
-        rows = 2 if float(run.settings["sampler.guidance_scale"]) != 1 else 1
-        seconds = rows * float(macs) / (EFFICIENCY * _products_per_second(run.device))
+        seconds = (2 if _guides(run) else 1) * float(macs) / (EFFICIENCY * _products_per_second(run.device))
     lines = [f"  {stage:<12} about {duration(passes * seconds)}" for stage, passes in stage_passes(run).items()]
     return [*lines, f"  full precision adds its own images: about {duration(_images(run) * seconds)}, once"]
+
+
+def _guides(run: Run) -> bool:
+    """Say whether every sample is two rows of the network."""
+    own = run.task.own
+    if own is None:
+        return float(run.settings["sampler.guidance_scale"]) != 1
+    return own.guidance_scale != 1 and not own.embeds_guidance
 
 
 def _images(run: Run) -> int:

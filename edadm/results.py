@@ -15,6 +15,7 @@ from pathlib import Path
 
 from edadm.errors import EdadmError
 from edadm.journal import Run, Sweep, read_runs, read_sweeps
+from edadm.progress import duration
 from edadm.records import Record, pictures, read_all
 from edadm.store import Artefact, Store
 from edadm.tracking import Mode, push
@@ -105,14 +106,6 @@ def _sweep_text(name: str, jobs: Sequence[Job], now: float) -> str:
         if job.detail:
             lines.append(f"{'':<11}{job.detail}")
     return "\n".join(lines) + "\n"
-
-
-def duration(seconds: float) -> str:
-    """Return a time as a person says it: 45 s, 12 min, 3 h 05."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d}"
 
 
 def garbage(store: Store, results: Sequence[Path], partial: bool) -> tuple[list[Artefact], list[Artefact]]:

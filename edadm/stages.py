@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from edadm import memory
 from edadm.calibration.rows import CalibrationSet
 from edadm.calibration.trajectories import Trajectories, collect
 from edadm.keys import ROWS_PER_PASS, Run
 from edadm.metrics import inception, inception_network, networks, tiny
-from edadm.metrics.images import read_folder
+from edadm.metrics.images import each_image, image_files, read_file, writing_file
 from edadm.metrics.inception import InceptionReference
 from edadm.metrics.inception_network import InceptionNetwork
 from edadm.metrics.paired import StepSQNR, sqnr_per_step
@@ -29,11 +30,12 @@ from edadm.progress import Meter, Progress, duration
 from edadm.quant import io
 from edadm.quant.calibrate import set_activation_ranges, set_weight_ranges
 from edadm.quant.network import QuantModel
+from edadm.reconstruction.cache import Cache
 from edadm.reconstruction.loop import UnitReport
 from edadm.reconstruction.random import seeded
 from edadm.reconstruction.reconstruct import reconstruct
 from edadm.records import Stage
-from edadm.sampling.generate import generate, sampler_noise
+from edadm.sampling.generate import generate_chunks, sampler_noise
 from edadm.sampling.guidance import denoise_for
 from edadm.sampling.interface import split_variance, unwrap
 from edadm.sampling.noise import EVALUATION, SELECTION, noise, numpy_rng
@@ -43,8 +45,8 @@ from edadm.tasks.base import noise_prediction
 logger = logging.getLogger(__name__)
 
 TRAJECTORIES, CALIBRATION = "trajectories.safetensors", "calibration.safetensors"
-IMAGES, ALONG, SQNR = "images.npy", "evaluation.npz", "sqnr.npz"
-UNITS, REPORTS, CHUNKS, ELAPSED = "units", "reports.json", "chunks", "elapsed"
+IMAGES, ALONG, SQNR, KEPT = "images.npy", "evaluation.npz", "sqnr.npz", "kept.npz"
+UNITS, REPORTS, CACHE, CHUNKS, ELAPSED = "units", "reports.json", "cache", "chunks", "elapsed"
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def trajectories(run: Run) -> Result:
             seed=run.settings["seed"],
             batch=run.settings["chunk"],
             guidance=run.calibration_guidance,
-            feature_module=run.settings["preset.tdac.feature"],
+            feature_module=run.feature,
             feature_batches=run.feature_batches,
             device=run.device,
             progress=partial(progress, "full-precision trajectories"),
@@ -187,9 +189,10 @@ def _reconstruct(
 
     assert run.optimizer is not None
     x, timestep, condition = rows.inputs()
+    inputs, names = (x, timestep, *condition.values()), ("timestep", *condition)
     reconstruct(
         network,
-        (x, timestep, *condition.values()),
+        inputs,
         run.optimizer,
         run.settings["reconstruction.granularity"],
         seeded(run.settings["seed"]),
@@ -198,7 +201,8 @@ def _reconstruct(
         on_unit=keep,
         progress=progress,
         rows_per_pass=ROWS_PER_PASS,
-        names=("timestep", *condition),
+        cache=Cache(memory.need_of_network(run, network, inputs, names).place, folder / CACHE),
+        names=names,
     )
 
 
@@ -206,13 +210,16 @@ def images(run: Run, network: Result | None) -> Result:
     """Sample the images that are scored, in chunks that survive a kill; without a network at full precision."""
 
     def build(folder: Path, progress: Progress) -> None:
+        n_images = run.settings["n_images"]
+        made: Iterator[torch.Tensor]
         if run.images_folder:
-            made = read_folder(run.images_folder, limit=run.settings["n_images"])
+            files = image_files(run.images_folder)[:n_images]
+            n_images, made = len(files), (image[None] for image in each_image(files))
         else:
-            made = generate(
+            made = generate_chunks(
                 noise_prediction(load_network(run, network)),
                 run.sampler,
-                run.settings["n_images"],
+                n_images,
                 shape=run.task.sample_shape,
                 seed=run.settings["evaluation_seed"],
                 chunk=run.settings["chunk"],
@@ -223,8 +230,9 @@ def images(run: Run, network: Result | None) -> Result:
                 to_images=run.task.to_images(run.device),
                 progress=partial(progress, "sampling"),
             )
-        with atomic_file(folder / IMAGES) as temporary, open(temporary, "wb") as file:
-            np.save(file, made.numpy())
+        with writing_file(folder / IMAGES, n_images) as append:
+            for part in made:
+                append(part)
         shutil.rmtree(folder / CHUNKS, ignore_errors=True)
 
     return stage(run, "images", build, "sampling")
@@ -233,7 +241,7 @@ def images(run: Run, network: Result | None) -> Result:
 def load_network(run: Run, network: Result | None) -> nn.Module:
     """Return the quantized network of a finished stage or of the user's folder, else the full-precision denoiser."""
     folder = run.loaded or (network.folder if network else None)
-    return _for_inference(run.task.denoiser(run.device) if folder is None else io.load(folder).to(run.device))
+    return _for_inference(run.task.denoiser(run.device) if folder is None else run.task.quantized(folder, run.device))
 
 
 def _for_inference(network: nn.Module) -> nn.Module:
@@ -242,8 +250,8 @@ def _for_inference(network: nn.Module) -> nn.Module:
 
 
 def read_images(result: Result) -> torch.Tensor:
-    """Return the images of a finished sampling stage, uint8 (N, C, H, W)."""
-    return torch.from_numpy(np.load(result.folder / IMAGES, allow_pickle=False))
+    """Return the images of a finished sampling stage, uint8 (N, C, H, W), mapped from their file."""
+    return read_file(result.folder / IMAGES)
 
 
 def evaluation(run: Run) -> Result:
@@ -306,15 +314,21 @@ def read_sqnr(result: Result) -> StepSQNR:
 
 
 def metrics(run: Run, sampled: Result, full_precision: Result | None, steps: Result | None) -> Result:
-    """Score the images; full_precision: the images of the same noise, steps: the error of every step."""
+    """Score the images; full_precision: the images of the same noise, steps: the error of every step.
+
+    With a profile that judges, what large networks say of every image is kept for the resampling.
+    """
 
     def build(folder: Path, progress: Progress) -> dict[str, Any]:
         made = read_images(sampled)
         if not len(made):
             return {"metrics": {name: _nothing_to_score(name) for name in run.metrics}}
-        network, inception_reference = _inception(run) if run.needs_inception else (None, None)
+        network, inception_reference = None, None
+        if run.needs_inception:
+            network, inception_reference = inception_of(run.settings["metrics"], run.metrics, run.device)
         others = networks.load(run.settings["metrics"], run.metrics, run.device)
         tiny_reference = tiny.load_reference(run.tiny_reference) if run.needs_tiny else None
+        kept: dict[str, np.ndarray] = {}
         scores = score(
             made,
             run.metrics,
@@ -323,6 +337,7 @@ def metrics(run: Run, sampled: Result, full_precision: Result | None, steps: Res
             tiny_network=tiny.load_network(device=run.device) if run.needs_tiny else None,
             inception_network=network,
             clip_network=others.clip,
+            clip_tiny_network=others.clip_tiny,
             aesthetic_network=others.aesthetic,
             dinov2_network=others.dinov2,
             prompts=run.prompts,
@@ -330,20 +345,37 @@ def metrics(run: Run, sampled: Result, full_precision: Result | None, steps: Res
             step_sqnr=None if steps is None else read_sqnr(steps),
             seed=run.settings["evaluation_seed"],
             resamples=run.settings["metrics.bootstrap"],
+            keep=kept.__setitem__ if run.settings["profile.verdict"] else None,
         )
+        if kept:
+            _save_arrays(folder / KEPT, **kept)
         return {"metrics": scores}
 
     return stage(run, "metrics", build)
 
 
-def _inception(run: Run) -> tuple[InceptionNetwork, InceptionReference]:
-    part = run.settings["metrics.inception"]
+def inception_of(
+    settings: Mapping[str, Any], names: Collection[str], device: str
+) -> tuple[InceptionNetwork, InceptionReference]:
+    """Return the Inception network and the reference for the metrics asked for; settings: the group ``metrics``."""
+    part = settings["inception"]
     network = inception_network.load_network(
-        part["weights"], part["sha256"] or inception_network.RELEASE_SHA256, run.device
+        part["weights"], part["sha256"] or inception_network.RELEASE_SHA256, device
     )
-    keep = any(name in run.metrics for name in ("kid", "precision", "recall"))
-    reference = inception.reference_from(part["reference"], network, keep_features=keep, recursive=True, crop=run.crop)
+    keep = any(name in names for name in ("kid", "precision", "recall"))
+    reference = inception.reference_from(
+        part["reference"], network, keep_features=keep, recursive=True, crop=settings["crop"]
+    )
     return network, reference
+
+
+def read_kept(result: Result) -> dict[str, np.ndarray]:
+    """Return what the stage ``metrics`` kept of every image, by the names of ``draws.KEPT``."""
+    path = result.folder / KEPT
+    if not path.is_file():
+        return {}
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
 
 
 def _nothing_to_score(name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 import benchmarks.__main__ as command
 from benchmarks.operations import CONFIG, GROUPS, KNOWN, RANGE_ROWS, Bench, embedded_step, prepare, units_to_time
+from benchmarks.records import newest
 from benchmarks.timing import HEADER, Pairs, Row, markdown
 
 pytestmark = pytest.mark.slow
@@ -61,18 +62,32 @@ def test_timed_units_are_those_of_the_golden_readme(bench):
 
 def test_ratios_are_paired_and_scaled_to_the_whole_work():
     pairs = Pairs(lambda: None, time.process_time, seconds=[2.0, 3.0, 8.0], references=[1.0, 1.0, 2.0])
-    assert pairs.ratios() == (3.0, 2.0)
-    assert pairs.ratios(parts=0.5) == (6.0, 4.0)
+    assert Row.of("a", pairs).ratios == [2.0, 3.0, 4.0]
+    half = Row.of("a", pairs, parts=0.5)
+    assert (half.median, half.quartiles, half.least_seconds) == (6.0, (5.0, 7.0), 4.0)
+    assert Row("a", (3.0,), (2.0,)).quartiles == (1.5, 1.5)
 
 
-def test_command_prints_what_was_measured_and_on_what(monkeypatch, capsys):
+def test_an_operation_under_way_has_no_ratio_yet():
+    pairs = Pairs(lambda: None, time.process_time)
+    pairs.next()
+    pairs.next()
+    assert (len(pairs.references), len(Row.of("a", pairs).ratios)) == (2, 1)
+
+
+def test_command_prints_what_was_measured_and_keeps_it(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(command, "small_network", narrow_network)
     threads = torch.get_num_threads()
-    command.main(["--only", "caching", "--repeats", "1"])
-    title, machine, blank, *table = capsys.readouterr().out.splitlines()
-    assert "yardstick" in title and "MiB" in machine and "load" in machine and not blank
+    command.main(["--task", "golden", "--only", "caching", "--repeats", "2", "--results", str(tmp_path)])
+    title, machine, blank, *table, space, record, _ = capsys.readouterr().out.splitlines()
+    assert "yardstick" in title and "MiB" in machine and "load" in machine and not blank and not space
     assert len(cells("\n".join(table))) == 3
     assert torch.get_num_threads() == threads
+    path, made = newest(tmp_path, "golden")
+    assert record == f"Record: {path}"
+    (row,) = made.rows
+    assert len(row.seconds) == len(row.references) == 2 and made.peak_memory_mib > 0
+    assert made.provenance["libraries"]["torch"] in torch.__version__
 
 
 def test_embedded_step_is_one_line_and_two_rates():

@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tests.conftest import ROOT
+from tests.floors import pins
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 REQUIREMENTS = {
@@ -84,6 +85,13 @@ def test_every_dependency_has_a_floor(text: str) -> None:
     assert floor(Requirement(text))
 
 
+def test_floors_are_pinned_as_make_installs_them() -> None:
+    for extras in ((), ("test",), ("test", "text")):
+        texts = [text for name in ("default", *extras) for text in REQUIREMENTS[name]]
+        expected = {f"{requirement.name}=={floor(requirement)}" for requirement in map(Requirement, texts)}
+        assert len(found := pins(*extras)) == len(set(found)) and set(found) == expected
+
+
 def test_the_network_is_left_alone_unless_asked_for() -> None:
     assert "not network" in PROJECT["tool"]["pytest"]["ini_options"]["addopts"]
 
@@ -93,9 +101,8 @@ def test_all_floors_install_together(tmp_path: Path) -> None:
     venv.create(
         tmp_path / "env", with_pip=True, upgrade_deps=True
     )  # the newest pip resolves without downloading wheels
-    pinned = [f"{r.name}=={floor(r)}" for r in map(Requirement, REQUIREMENTS["default"] + REQUIREMENTS["test"])]
     pip = [str(tmp_path / "env" / "bin" / "python"), "-m", "pip", "install", "--dry-run", "--ignore-installed"]
-    result = subprocess.run([*pip, *pinned], capture_output=True, text=True)
+    result = subprocess.run([*pip, *pins("test")], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     planned = re.sub(r"[-_.]+", "-", result.stdout.splitlines()[-1]).lower()
     for requirement in map(Requirement, REQUIREMENTS["default"]):

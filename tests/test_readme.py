@@ -14,11 +14,15 @@ import pytest
 import torch
 
 import baselines
-from edadm import config, results
+from benchmarks import readme as benchmark_block
+from edadm import config, records, results
 from edadm.calibration.rows import RowSampler
 from edadm.calibration.trajectories import Trajectories
 from edadm.keys import build_part, identity
 from edadm.report import __main__ as report
+from edadm.report.page import with_block
+from edadm.report.render import markdown
+from edadm.report.table import tables
 from edadm.sampling.noise import SELECTION, numpy_rng
 from edadm.tasks import ddim_checkpoint
 from tests.conftest import ROOT
@@ -161,3 +165,38 @@ def test_every_method_has_a_card_and_a_row_in_the_readme() -> None:
     for name, slot in itertools.product(config.options("method"), ("calibration", "reconstruction")):
         row = next((line for line in README.splitlines() if line.startswith(f"| `{name}` |")), None)
         assert row is None or f"`{settings(f'method={name}')[f'{slot}.name']}`" in row
+
+
+def test_the_benchmark_block_is_what_the_committed_records_render() -> None:
+    """Else `python -m benchmarks.readme` writes it."""
+    assert with_block(README, benchmark_block.BLOCK, benchmark_block.block()) == README
+
+
+def table_of(text: str) -> dict[str, dict[str, str]]:
+    """The cells of the first table of a page, by row and column."""
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    head, _, *rows = lines
+    return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+
+
+def test_the_table_of_the_demo_is_that_of_its_records() -> None:
+    shown = table_of(README.split("<!-- demo output -->")[1].split("<!-- /demo output -->")[0])
+    made = table_of(markdown(tables(records.read_all([ROOT / "results" / "demo"]))))
+    assert shown.keys() == made.keys()
+    for row, cells in shown.items():
+        assert {column: made[row][column] for column in cells} == cells, row
+
+
+QUANTIZATION = re.compile(
+    r"With `profile=reference`.*?took (\d+) min (\d+) s and ([\d.]+) GB\nof two idle cores \(`(.*?)`\)"
+)
+
+
+def test_the_cost_of_quantization_is_that_of_its_record() -> None:
+    minutes, seconds, gigabytes, folder = QUANTIZATION.search(README).groups()
+    (record,) = [made for made in records.read_all([ROOT / folder]) if made.method == "edadm"]
+    assert record.profile == "reference"
+    assert (int(minutes), int(seconds)) == divmod(round(record.quantization_seconds), 60)
+    assert float(gigabytes) == round(record.quantization_peak_mib / 1024, 1)

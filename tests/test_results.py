@@ -8,7 +8,7 @@ import pytest
 from edadm import results
 from edadm.journal import announce_sweep, finish_run, read_run, start_run, update_run
 from edadm.records import write
-from edadm.results import Job, duration, main, seconds_left
+from edadm.results import Job, main, seconds_left
 from edadm.store import Store
 from tests.report.records_for_tests import record
 
@@ -94,11 +94,6 @@ def test_an_unknown_sweep_lists_the_known(local: Path, capsys: pytest.CaptureFix
 def test_the_estimate_by_hand(states: list[tuple[str, float | None]], expected: float | None) -> None:
     jobs = [Job(str(index), "", state, seconds) for index, (state, seconds) in enumerate(states)]
     assert seconds_left(jobs) == expected
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(45.2, "45 s"), (700, "12 min"), (11100, "3 h 05")])
-def test_durations_read_well(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_gc_removes_what_no_record_needs_after_asking(

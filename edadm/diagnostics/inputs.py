@@ -14,7 +14,6 @@ from edadm.config import OFF
 from edadm.keys import Run
 from edadm.metrics.paired import StepSQNR
 from edadm.progress import Progress
-from edadm.quant import io
 from edadm.quant.network import QuantModel
 
 HELD_OUT = 64  # trajectories
@@ -70,7 +69,7 @@ class Inputs:
     def network_of_ranges(self) -> QuantModel:
         """Return the network as it is without reconstruction: the same rows and ranges, weights rounded to nearest."""
         run = self._with(reconstruction={"name": "none", "granularity": None})
-        return io.load(stages.quantized(run, self._calibration).folder).to(run.device)
+        return run.task.quantized(stages.quantized(run, self._calibration).folder, run.device)
 
     def _with(self, **values: Any) -> Run:
         """Return the run with other values in its configuration, for its stages alone."""

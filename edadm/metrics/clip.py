@@ -6,7 +6,7 @@ have nothing in common, so results name the model. Images go through CLIP's own 
 side with antialias, centre crop), prompts through its tokenizer, which cuts them at the context length.
 
 A model is named as in open_clip: an architecture and a tag of published weights, or ``local-dir:FOLDER`` with
-``open_clip_config.json`` and the weights in one folder.
+``open_clip_config.json`` and the weights in one folder, and ``bpe.txt.gz`` where it has a vocabulary of its own.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 LOCAL = "local-dir:"
 CONFIG = "open_clip_config.json"
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+VOCABULARY = "bpe.txt.gz"  # merges, as open_clip's own file of this kind has them
 BATCH = 64
 
 
@@ -76,7 +77,7 @@ def load_network(
     return ClipNetwork(
         network.eval().requires_grad_(False).to(device),
         image_transform_v2(PreprocessCfg(**{**transform, "size": size}), is_train=False),
-        _tokenizer(architecture["text_cfg"]),
+        _tokenizer(architecture["text_cfg"], model),
         name_of(model, pretrained),
         found,
     )
@@ -180,14 +181,17 @@ def _build(architecture: Mapping[str, Any], model: str) -> Any:
         raise EdadmError(f"open_clip cannot build {model} from its configuration: {error}") from error
 
 
-def _tokenizer(text: Mapping[str, Any]) -> Callable[[list[str]], torch.Tensor]:
+def _tokenizer(text: Mapping[str, Any], model: str) -> Callable[[list[str]], torch.Tensor]:
     from open_clip.tokenizer import SimpleTokenizer
 
-    tokenizer = SimpleTokenizer(context_length=text["context_length"])
+    own = Path(model.removeprefix(LOCAL)).expanduser() / VOCABULARY if model.startswith(LOCAL) else None
+    vocabulary = {"bpe_path": str(own)} if own is not None and own.is_file() else {}
+    tokenizer = SimpleTokenizer(context_length=text["context_length"], **vocabulary)
     if text["vocab_size"] < tokenizer.vocab_size:
+        whose = "its" if vocabulary else "CLIP's"
         raise EdadmError(
-            f"the text tower knows {text['vocab_size']} tokens, CLIP's tokenizer has {tokenizer.vocab_size}: build "
-            "ClipNetwork with the tokenizer that the model was trained with"
+            f"the text tower knows {text['vocab_size']} tokens, {whose} tokenizer has {tokenizer.vocab_size}: put the "
+            f"{VOCABULARY} that the model was trained with beside {CONFIG}"
         )
     return tokenizer
 

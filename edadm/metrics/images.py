@@ -1,9 +1,10 @@
-"""Images on disk: folders of PNG or JPEG files, and grids of samples."""
+"""Images on disk: folders of PNG or JPEG files, all in one .npy file, and grids of samples."""
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from edadm.errors import EdadmError
+from edadm.store import atomic_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -71,17 +73,56 @@ def read_folder(folder: str | os.PathLike, limit: int | None = None, recursive: 
     limit: read only the first ones. Raises EdadmError for a broken file, differing sizes or no images.
     """
     files = image_files(folder, recursive)[:limit]
-    first = read_image(files[0])
-    images = torch.empty(len(files), *first.shape, dtype=torch.uint8)
-    for row, file in zip(images, files, strict=True):
-        image = read_image(file)
-        if image.shape != first.shape:
-            raise EdadmError(
-                f"{file} is {_size(image)} but {files[0].name} is {_size(first)}: "
-                "all images of a folder must have one size"
-            )
+    images = torch.empty(len(files), *image_size(files[0]), dtype=torch.uint8)
+    for row, image in zip(images, each_image(files), strict=True):
         row.copy_(image)
     return images
+
+
+def each_image(files: Sequence[Path]) -> Iterator[torch.Tensor]:
+    """Yield the images of some files, uint8 (3, H, W). Raises EdadmError for a broken file and for differing sizes."""
+    shape = image_size(files[0]) if files else (3, 0, 0)
+    for file in files:
+        image = read_image(file)
+        if image.shape != shape:
+            raise EdadmError(
+                f"{file} is {image.shape[2]} x {image.shape[1]} but {files[0].name} is {shape[2]} x {shape[1]}: "
+                "all images of a folder must have one size"
+            )
+        yield image
+
+
+@contextmanager
+def writing_file(path: Path, n: int) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Yield a function that appends uint8 images (k, C, H, W) to a .npy file, which is there once all n are in it.
+
+    The file is the one that ``np.save`` writes. Parts are written, not mapped, since a full disk would kill the process
+    at a write to a map. Raises EdadmError when the disk is full, ValueError for another number of images.
+    """
+    written = 0
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+
+        def append(images: torch.Tensor) -> None:
+            nonlocal written
+            if not file.tell():
+                header = {"descr": "|u1", "fortran_order": False, "shape": (n, *images.shape[1:])}
+                np.lib.format.write_array_header_1_0(file, header)
+            np.ascontiguousarray(images.numpy()).tofile(file)
+            written += len(images)
+
+        yield append
+        if not n and not file.tell():
+            append(torch.empty(0, 3, 0, 0, dtype=torch.uint8))
+        if written != n:
+            raise ValueError(f"{written} images were written into a file for {n}")
+
+
+def read_file(path: Path) -> torch.Tensor:
+    """Return the images of a .npy file, uint8 (N, C, H, W), mapped from the disk: what is not looked at is not read.
+
+    Writing to the tensor leaves the file as it is.
+    """
+    return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
 
 
 def write_folder(images: torch.Tensor, folder: str | os.PathLike, start: int = 0) -> list[Path]:
@@ -156,10 +197,6 @@ def _to_pil(image: torch.Tensor) -> Image.Image:
     from PIL import Image
 
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-
-
-def _size(image: torch.Tensor) -> str:
-    return f"{image.shape[-1]} x {image.shape[-2]}"
 
 
 def _save(image: Image.Image, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""From the configuration group ``metrics`` to the networks of CLIP score, aesthetic score and FD-DINOv2.
+"""From the configuration group ``metrics`` to the networks of CLIP scores, aesthetic score and FD-DINOv2.
 
 ``identities`` says what their values depend on, before anything is computed; ``load`` reads the networks.
 """
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from edadm.errors import EdadmError
-from edadm.metrics import aesthetic, clip, dinov2, references
+from edadm.metrics import aesthetic, clip, clip_tiny, dinov2, references
+from edadm.metrics.clip import ClipNetwork
 from edadm.store import content_hash
 
 
@@ -18,10 +19,11 @@ from edadm.store import content_hash
 class Networks:
     """The networks of the metrics asked for, None where a metric is not; reference: of FD-DINOv2."""
 
-    clip: clip.ClipNetwork | None
+    clip: ClipNetwork | None
     aesthetic: aesthetic.AestheticNetwork | None
     dinov2: dinov2.Dinov2Network | None
     reference: references.FeatureReference | None
+    clip_tiny: ClipNetwork | None = None
 
 
 def identities(
@@ -38,6 +40,8 @@ def identities(
         weights = clip.find_weights(part["model"], part["pretrained"], part["weights"], part["sha256"])[1]
         name = clip.name_of(part["model"], part["pretrained"])
         found["clip"] = {"model": name, "weights": weights, "prompts": content_hash(list(prompts or ()))}
+    if "clip_tiny" in names:
+        found["clip_tiny"] = {"weights": clip_tiny.sha256(), "prompts": content_hash(list(prompts or ()))}
     if "aesthetic" in names:
         part = section(settings, "aesthetic")
         weights = clip.find_weights(*aesthetic.ENCODER, part["weights"], part["sha256"])[1]
@@ -64,7 +68,8 @@ def load(settings: Mapping[str, Any], names: Collection[str], device: str) -> Ne
         part = section(settings, "dinov2")
         extractor = dinov2.load_network(part["model"], part["weights"], part["sha256"], device)
         reference = dinov2.reference_from(_dinov2_reference(part), extractor, settings["crop"])
-    return Networks(scored, rated, extractor, reference)
+    small = clip_tiny.load_network(device) if "clip_tiny" in names else None
+    return Networks(scored, rated, extractor, reference, small)
 
 
 def section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 ADM = "statistics of ADM's evaluation suite"
 FOREIGN = "statistics of another program"
+_SIZES = {"cifar10": (32, 32), "cifar100": (32, 32), "stl10": (96, 96)}  # of the data sets that torch-fidelity knows
 SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 17  # of Inception's spatial features, for the order of ADM's
 
 
@@ -103,6 +104,44 @@ def content_of(source: str | os.PathLike, crop: str | None = None) -> str:
             f"{path} has {len(files)} image: the statistics of a reference need at least 2, better thousands"
         )
     return _folder_content(path, files, one_size=crop is None)
+
+
+def check(source: str | os.PathLike, crop: str | None, size: tuple[int, int], features: int | None = None) -> None:
+    """Raise EdadmError when scored images of this height and width cannot be compared with a reference.
+
+    crop: what reference images go through. features: their number in the scored images' features, None if it is not
+    known. Warns of a reference of fewer images than features. No image is decoded.
+    """
+    path = Path(source).expanduser()
+    found = _SIZES.get(str(source).partition("-")[0])
+    count = None
+    if path.is_dir():
+        files = image_files(path, recursive=True)
+        found, count = image_size(files[0])[1:], len(files)
+    elif path.is_file():
+        found, count = _of_npz(path, features)
+    if found is not None and crop is None and found != size:
+        raise EdadmError(
+            f"the images of reference {source} are {found[1]} x {found[0]}, the scored ones {size[1]} x {size[0]}: "
+            f"give a reference of this size, or set metrics.crop ({', '.join(CROPS)}) for both"
+        )
+    if count is not None and features is not None and count < features:
+        logger.warning(
+            "reference %s has %d images, fewer than the %d features compared: a trial, comparable with nothing",
+            source, count, features,
+        )  # fmt: skip
+
+
+def _of_npz(path: Path, features: int | None) -> tuple[tuple[int, int] | None, int | None]:
+    """Return the size of the images of a npz file and their number, None where it does not say."""
+    if holds(path, "mu"):
+        reference = load_reference(path)
+        width = reference.pooled.mean.size
+        if features is not None and width != features:
+            raise EdadmError(f"{path} has statistics of {width} features, the images have {features}: another network")
+        return reference.size, reference.n or None
+    images = _npz_images(path)
+    return (images.shape[2], images.shape[3]), len(images)
 
 
 def cached(path: Path, sha256: str, build: Callable[[], FeatureReference]) -> FeatureReference:

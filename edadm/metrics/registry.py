@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from edadm.errors import EdadmError
-from edadm.metrics import aesthetic, bootstrap, clip, crops, dinov2, inception, paired, tiny
+from edadm.metrics import aesthetic, bootstrap, clip, clip_tiny, crops, dinov2, inception, paired, tiny
 from edadm.metrics.frechet import NotAvailable
 from edadm.metrics.images import check_images
 from edadm.metrics.inception_network import InceptionNetwork
@@ -54,10 +54,22 @@ METRICS: dict[str, MetricInfo] = {
     "psnr": MetricInfo("PSNR to FP", True, "paired", unit="dB"),
     "ssim": MetricInfo("SSIM to FP", True, "paired"),
     "clip": MetricInfo("CLIP score", True, "set"),
+    "clip_tiny": MetricInfo("CLIP-tiny", True, "set", proxy=True),
     "aesthetic": MetricInfo("aesthetic score", True, "set"),
     "fd_dinov2": MetricInfo("FD-DINOv2", False, "reference"),
 }
+PART = 512  # images that are cropped at a time, whole batches of every feature network
+INCEPTION_LAYERS = ("pooled", "spatial", "logits")
 INCEPTION = ("fid", "sfid", "is", "kid", "precision", "recall")  # measured in Inception's features
+PROMPTED = ("clip", "clip_tiny")  # of an image and its prompt
+TINY = ("fd_tiny", "fd_tiny_infinity", "sfd_tiny", "is_tiny", "fd_tiny_to_fp")  # in the embedded features
+
+Keep = Callable[[str, np.ndarray], None]
+"""Receives a name and an array with a row for every image."""
+
+
+def _forget(name: str, rows: np.ndarray) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,7 @@ def score(
     tiny_network: tiny.TinyNetwork | None = None,
     inception_network: InceptionNetwork | None = None,
     clip_network: clip.ClipNetwork | None = None,
+    clip_tiny_network: clip.ClipNetwork | None = None,
     aesthetic_network: aesthetic.AestheticNetwork | None = None,
     dinov2_network: dinov2.Dinov2Network | None = None,
     prompts: Sequence[str] | None = None,
@@ -85,14 +98,16 @@ def score(
     step_sqnr: paired.StepSQNR | None = None,
     seed: int = 0,
     resamples: int = bootstrap.RESAMPLES,
+    keep: Keep | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Score uint8 images (N, 3, H, W) and return a result for each metric, in the order asked for.
 
     fp_images: the full-precision model's images from the same noise, row by row; without them (the full-precision row
-    itself) paired metrics are n/a. prompts: one for each image, for ``clip``. crop: of ``crops.CROPS``, what the
+    itself) paired metrics are n/a. prompts: one for each image, for ``PROMPTED``. crop: of ``crops.CROPS``, what the
     reference's images went through; the images get the same before features of Inception, CLIP and DINOv2 and for no
-    other metric. step_sqnr: of ``paired.sqnr_per_step``, for ``sqnr``. seed: of the resampling. A network is needed for
-    the metrics that use it; the embedded one is loaded by itself.
+    other metric. step_sqnr: of ``paired.sqnr_per_step``, for ``sqnr``. seed: of the resampling. keep: receives what a
+    large network says of every image (``draws.KEPT``), so that it need not run again. A network is needed for the
+    metrics that use it; the embedded one is loaded by itself.
 
     A result is a dict of JSON types: ``value`` (None is n/a), ``n``, ``reason`` (of n/a), ``interval`` (95 % of the
     value, for means over images only: see ``bootstrap``), ``title``, ``unit``, ``higher_is_better``, ``kind``,
@@ -115,11 +130,12 @@ def score(
             f"{len(images)} images {tuple(images.shape[1:])} do not pair up with {len(fp_images)} full-precision ones "
             f"{tuple(fp_images.shape[1:])}: both need the same noise and number"
         )
-    if "clip" in names:
-        check_prompts(() if prompts is None else prompts, len(images), "clip needs prompts")
+    for name in PROMPTED:
+        if name in names:
+            check_prompts(() if prompts is None else prompts, len(images), f"{name} needs prompts")
     run = _Run(
-        images, fp_images, reference, tiny_network, inception_network, clip_network, aesthetic_network, dinov2_network,
-        prompts or (), crop, step_sqnr, seed, resamples,
+        images, fp_images, reference, tiny_network, inception_network, clip_network, clip_tiny_network,
+        aesthetic_network, dinov2_network, prompts or (), crop, step_sqnr, seed, resamples, keep or _forget,
     )  # fmt: skip
     return {name: _result(name, run) for name in names}
 
@@ -134,6 +150,7 @@ class _Run:
     given_tiny_network: tiny.TinyNetwork | None
     given_inception_network: InceptionNetwork | None
     given_clip_network: clip.ClipNetwork | None
+    given_clip_tiny_network: clip.ClipNetwork | None
     given_aesthetic_network: aesthetic.AestheticNetwork | None
     given_dinov2_network: dinov2.Dinov2Network | None
     prompts: Sequence[str]
@@ -141,6 +158,7 @@ class _Run:
     step_sqnr: paired.StepSQNR | None
     seed: int
     resamples: int
+    keep: Keep
     _kept_embeddings: dict[tuple[str, str, str], torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -178,6 +196,10 @@ class _Run:
         return self.given_clip_network
 
     @cached_property
+    def clip_tiny_network(self) -> clip.ClipNetwork:
+        return self.given_clip_tiny_network or clip_tiny.load_network()
+
+    @cached_property
     def aesthetic_network(self) -> aesthetic.AestheticNetwork:
         if self.given_aesthetic_network is None:
             raise EdadmError("aesthetic needs aesthetic_network: load it with aesthetic.load_network and pass it")
@@ -196,7 +218,8 @@ class _Run:
         return self._of_this_size(self.reference.dinov2)
 
     def _of_this_size(self, reference: FeatureReference) -> FeatureReference:
-        size = (self.cropped.shape[2], self.cropped.shape[3])
+        first = crops.crop_all(self.images[:1], self.crop)
+        size = (first.shape[2], first.shape[3])
         if reference.size is not None and reference.size != size:
             raise EdadmError(
                 f"the images of reference {reference.name!r} are {reference.size[1]} x {reference.size[0]}, the scored "
@@ -204,23 +227,23 @@ class _Run:
             )
         return reference
 
-    @cached_property
-    def cropped(self) -> torch.Tensor:
-        """The images as they go into the large feature networks."""
-        return crops.crop_all(self.images, self.crop)
+    def cropped(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield images as they go into the large feature networks, in parts of whole batches of any of these."""
+        return (crops.crop_all(part, self.crop) for part in images.split(PART))
 
     def embeddings(self, network: clip.ClipNetwork) -> torch.Tensor:
         """Return the CLIP embeddings of the images, made once for all metrics of one CLIP model."""
-        return self._embedded("images", network, lambda: self.cropped)
+        return self._embedded("images", network, self.images)
 
     def fp_embeddings(self, network: clip.ClipNetwork) -> torch.Tensor:
         """Return the CLIP embeddings of the full-precision images."""
-        return self._embedded("fp_images", network, lambda: crops.crop_all(self.fp(), self.crop))
+        return self._embedded("fp_images", network, self.fp())
 
-    def _embedded(self, which: str, network: clip.ClipNetwork, images: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _embedded(self, which: str, network: clip.ClipNetwork, images: torch.Tensor) -> torch.Tensor:
         key = (which, network.name, network.sha256)
         if key not in self._kept_embeddings:
-            self._kept_embeddings[key] = clip.image_embeddings(images(), network)
+            parts = [clip.image_embeddings(part, network) for part in self.cropped(images)]
+            self._kept_embeddings[key] = torch.cat(parts)
         return self._kept_embeddings[key]
 
     @cached_property
@@ -233,7 +256,11 @@ class _Run:
 
     @cached_property
     def inception_features(self) -> inception.InceptionFeatures:
-        return inception.extract(self.cropped, self.inception_network)
+        parts = [inception.extract(part, self.inception_network) for part in self.cropped(self.images)]
+        layers = {layer: torch.cat([getattr(part, layer) for part in parts]) for layer in INCEPTION_LAYERS}
+        for layer, features in layers.items():
+            self.keep(f"inception.{layer}", features.numpy())
+        return inception.InceptionFeatures(**layers)
 
     @cached_property
     def precision_recall(self) -> tuple[float, float]:
@@ -319,23 +346,24 @@ def _against(reference: FeatureReference) -> dict[str, Any]:
     return found if reference.protocol is None else found | {"reference_protocol": reference.protocol}
 
 
-def _clip(run: _Run) -> dict[str, Any]:
-    network = run.clip_network
+def _clip(run: _Run, name: str, network: clip.ClipNetwork) -> dict[str, Any]:
     prompts = clip.text_embeddings(run.prompts, network)
-    return _embedded_mean(run, network, lambda embeddings: clip.scores(embeddings, prompts)) | {"network": network.name}
+    result = _embedded_mean(run, name, network, lambda embeddings: clip.scores(embeddings, prompts))
+    return result | {"network": network.name}
 
 
 def _aesthetic(run: _Run) -> dict[str, Any]:
     network, head = run.aesthetic_network.clip, run.aesthetic_network.head
-    result = _embedded_mean(run, network, lambda embeddings: aesthetic.scores(embeddings, head))
+    result = _embedded_mean(run, "aesthetic", network, lambda embeddings: aesthetic.scores(embeddings, head))
     return result | {"network": f"{network.name}, head {head.name}", "head_sha256": head.sha256}
 
 
 def _embedded_mean(
-    run: _Run, network: clip.ClipNetwork, measure: Callable[[torch.Tensor], np.ndarray]
+    run: _Run, name: str, network: clip.ClipNetwork, measure: Callable[[torch.Tensor], np.ndarray]
 ) -> dict[str, Any]:
     """Return the mean over images of a value of their CLIP embeddings, and its paired difference to full precision."""
     values = measure(run.embeddings(network))
+    run.keep(name, values)
     result = _mean(run, values) | {"network_sha256": network.sha256}
     if run.fp_images is not None and len(values) > 1:
         result["difference_to_fp"] = _mean(run, values - measure(run.fp_embeddings(network)))
@@ -344,7 +372,9 @@ def _embedded_mean(
 
 def _fd_dinov2(run: _Run) -> dict[str, Any]:
     network, reference = run.dinov2_network, run.dinov2_reference
-    value = dinov2.fd_dinov2(dinov2.extract(run.cropped, network), reference.pooled)
+    features = torch.cat([dinov2.extract(part, network) for part in run.cropped(run.images)])
+    run.keep("dinov2", features.numpy())
+    value = dinov2.fd_dinov2(features, reference.pooled)
     return {"value": value, "network": network.name, "network_sha256": network.sha256} | _against(reference)
 
 
@@ -376,7 +406,8 @@ _SCORERS: dict[str, Callable[[_Run], dict[str, Any]]] = {
     "sqnr": _sqnr,
     "psnr": lambda run: _mean(run, paired.psnr(run.fp(), run.images)),
     "ssim": lambda run: _mean(run, paired.ssim(run.fp(), run.images)),
-    "clip": _clip,
+    "clip": lambda run: _clip(run, "clip", run.clip_network),
+    "clip_tiny": lambda run: _clip(run, "clip_tiny", run.clip_tiny_network),
     "aesthetic": _aesthetic,
     "fd_dinov2": _fd_dinov2,
 }

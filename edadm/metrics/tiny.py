@@ -1,6 +1,6 @@
 """Embedded proxies for 32 x 32 images: distances and scores in the features of a small CIFAR-10 classifier.
 
-``fd_tiny`` is the Frechet distance of pooled features (128), ``sfd_tiny`` of spatial ones (7 channels, 4 x 4),
+``fd_tiny`` is the Frechet distance of pooled features (129), ``sfd_tiny`` of spatial ones (7 channels, 4 x 4),
 ``is_tiny`` the Inception Score formula on the classifier's ten probabilities. They rank models of one task at equal n
 and have nothing in common with FID, sFID and IS but the formulas: never print them under those names.
 """
@@ -21,7 +21,7 @@ from edadm.metrics.frechet import Statistics, frechet_distance, full_float32, st
 from edadm.metrics.images import check_images
 from edadm.metrics.tiny_network import TinyResNet
 
-VERSION = 1
+VERSION = 2
 ASSETS = Path(__file__).parents[1] / "assets" / "cifar10_tiny_features"
 WEIGHTS = ASSETS / "features.safetensors"
 REFERENCE = ASSETS / "reference.safetensors"
@@ -39,7 +39,7 @@ class TinyNetwork:
 
 @dataclass(frozen=True)
 class TinyFeatures:
-    """What one pass over N images gives, float32 on the CPU: pooled (N, 128), spatial (N, 112), logits (N, 10)."""
+    """What one pass over N images gives, float32 on the CPU: pooled (N, 129), spatial (N, 112), logits (N, 10)."""
 
     pooled: torch.Tensor
     spatial: torch.Tensor

@@ -11,7 +11,7 @@ from typing import Any
 from edadm.comparison import read_all_draws
 from edadm.diagnostics.files import read_diagnostics
 from edadm.errors import EdadmError
-from edadm.records import DIAGNOSTICS, DRAWS, Record, date, read_all
+from edadm.records import BESIDE, Record, date, read_all
 from edadm.report import sheet
 from edadm.report.experiment_file import NOT_YET, SCALES, Experiment, load, missing_parts, names
 from edadm.report.paper_rows import Found, find_rows
@@ -50,9 +50,8 @@ def read_located(folders: Sequence[Path]) -> list[Record]:
     """Return the newest record of every hash; its outputs are absolute, so that figures find the files beside it."""
     found: dict[str, Record] = {}
     for folder in folders:
-        beside = (DIAGNOSTICS, DRAWS)
         places = {
-            path.stem: path.parent.absolute() for path in folder.rglob("*.json") if path.parent.name not in beside
+            path.stem: path.parent.absolute() for path in folder.rglob("*.json") if path.parent.name not in BESIDE
         }
         for record in read_all([folder]):
             outputs = {name: str(places[record.hash] / file) for name, file in record.outputs.items()}

@@ -136,8 +136,7 @@ def _table(
     """Build one table from its runs, the FP runs, and the runs at all bit widths that are otherwise alike."""
     first = group[0]
     quantized = [record for record in group if not record.is_fp]
-    columns = _columns([*full_precision, *quantized])
-    notes: list[str] = []
+    columns, notes = _columns([*full_precision, *quantized])
     missing: list[Missing] = []
     rows = [_fp_row(first, full_precision, columns, notes, missing)]
     absent = {base_label(record) for record in siblings} - {base_label(record) for record in quantized}
@@ -190,14 +189,29 @@ def _facts(record: Record) -> dict[str, Any]:
     }
 
 
-def _columns(records: list[Record]) -> tuple[Column, ...]:
-    """Return the scalar metrics of some runs in the order the runs name them."""
+def _columns(records: list[Record]) -> tuple[tuple[Column, ...], list[str]]:
+    """Return the scalar metrics of some runs in the order the runs name them, and a note for each that no run has.
+
+    A distance without a single value (the images are too few for it) takes no column beside metrics with one.
+    """
     results: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for record in records:
         for name, result in record.metrics.items():
             if "values" not in result and not isinstance(result.get("value"), list):
                 results[name].append(result)
-    return tuple(_column(name, found) for name, found in results.items())
+    empty = {name for name, found in results.items() if all(_lacks_value(result) for result in found)}
+    if len(empty) == len(results):
+        empty = set()
+    columns = tuple(_column(name, found) for name, found in results.items() if name not in empty)
+    return columns, [f"{name} is n/a: {_reason(results[name])}" for name in results if name in empty]
+
+
+def _lacks_value(result: Mapping[str, Any]) -> bool:
+    return result.get("value") is None and result.get("kind") != "paired"
+
+
+def _reason(results: list[Mapping[str, Any]]) -> str:
+    return "; ".join(dict.fromkeys(str(result["reason"]) for result in results if result.get("reason")))
 
 
 def _column(name: str, results: list[Mapping[str, Any]]) -> Column:
@@ -314,9 +328,13 @@ def _missing_draws(records: Iterable[Record], draws: Mapping[str, Draws]) -> lis
     absent = {
         FULL_PRECISION if record.is_fp else base_label(record)
         for record in records
-        if record.status == "ok" and record.hash not in draws and not record.metrics.keys().isdisjoint(RESAMPLED)
+        if record.status == "ok" and record.hash not in draws and _can_be_resampled(record)
     }
     return [Missing(f"paired differences of {', '.join(sorted(absent))}", COMPARE)] if absent else []
+
+
+def _can_be_resampled(record: Record) -> bool:
+    return any(result.get("value") is not None for name, result in record.metrics.items() if name in RESAMPLED)
 
 
 def _mark_best(

@@ -44,4 +44,4 @@ def require(expected: str, keys: Iterable[str], source: str) -> None:
     """Raise EdadmError naming what the file ``source`` is, unless it is ``expected``."""
     found = describe(keys)
     if found != expected:
-        raise EdadmError(f"{source} is {found}, not {expected}")
+        raise EdadmError(f"{source} is {found}, not {expected}: give that file, or choose the task of this model")

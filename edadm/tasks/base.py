@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from edadm.errors import EdadmError
 from edadm.store import content_hash, file_sha256
@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from edadm.quant.network import QuantModel
     from edadm.sampling.guidance import Conditions
+    from edadm.sampling.interface import DiffusionSampler
 
+PIPELINE = "pipeline"  # the task of a user's own pipeline
 _OF_A_MODEL = (".json", ".safetensors", ".bin")
+_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 _OF_A_TOKENIZER = ("merges.txt", "vocab.txt")
 
 
@@ -31,6 +35,28 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True)
+class Own:
+    """What a model says for itself where the configuration leaves it open.
+
+    denoiser_class: in diffusers. sampler: (steps, eta) to its own sampler, for ``sampler=own``. schedule: the numbers
+    of other samplers, by their names, that are null in the configuration. guidance_scale: where that is null.
+    embeds_guidance: the scale is an input of the network, not a second row. takes_prompts: its conditions are texts.
+    features: the modules that ``model.features`` means. adapt: makes a denoiser take a sample and rows of conditions by
+    name, as all stages give them. size: parameters of the denoiser and multiply-accumulates of one row.
+    """
+
+    denoiser_class: str
+    sampler: Callable[[int, float], DiffusionSampler]
+    schedule: Mapping[str, Any]
+    guidance_scale: float
+    embeds_guidance: bool
+    takes_prompts: bool
+    features: Mapping[str, str]
+    adapt: Callable[[nn.Module], nn.Module]
+    size: Callable[[], tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class Task:
     """A denoiser, the shape of its samples and what full precision is expected to score.
 
@@ -40,7 +66,8 @@ class Task:
     expected_band: metric -> (lowest, highest) value of the full-precision model in the profile ``expected_profile``.
     prediction_type: as diffusers' schedulers name it. learned_variance: the output holds the variance beside the noise.
     conditions: makes what the images are of, at no cost until rows are asked for; None for an unconditional model.
-    guided_channels: see `edadm.sampling.guidance.Guidance`. decoder: None where samples are images.
+    guided_channels: see `edadm.sampling.guidance.Guidance`. decoder: None where samples are images. own: of a user's
+    pipeline; None where the configuration says everything.
     """
 
     name: str
@@ -57,10 +84,33 @@ class Task:
     hashed: tuple[str, ...] = ()
     remedy: str = "set model.path"
     expected_profile: str = "reference"
+    own: Own | None = None
 
     def denoiser(self, device: str = "cpu") -> nn.Module:
-        """Return the denoiser in float32 and evaluation mode, a new one at each call."""
-        return self.load(self.location()).to(device).eval().requires_grad_(False)
+        """Return the denoiser in float32 and evaluation mode, a new one at each call.
+
+        Raises EdadmError for weights that cannot be read and for those of another model.
+        """
+        network = self.load(self.location())
+        self._require_fit(network, self.location())
+        return network.to(device).eval().requires_grad_(False)
+
+    def _require_fit(self, network: nn.Module, place: Path) -> None:
+        from edadm.tasks.model_folder import require_denoiser
+
+        if self.own is None:  # which was made of the denoiser's own configuration
+            conditional = self.conditions is not None
+            require_denoiser(network, str(place), self.sample_shape, conditional, self.learned_variance)
+
+    def quantized(self, folder: Path, device: str = "cpu") -> QuantModel:
+        """Return the quantized network of a folder, called as the denoiser is. Raises EdadmError as `io.load` does."""
+        from edadm.quant import io
+
+        network = io.load(folder)
+        self._require_fit(network.model, folder)
+        if self.own is not None:
+            self.own.adapt(network.model)
+        return network.to(device)
 
     def location(self) -> Path:
         """Return the file or folder of the weights. Raises EdadmError when none was given or it is not there."""
@@ -77,8 +127,10 @@ class Task:
         return to_uint8 if self.decoder is None else self.decoder.on(device)
 
     def sha256(self) -> str:
-        """Return a hash of the checkpoint's files, its identity in every key."""
+        """Return a hash of the checkpoint's files, its identity in every key. Raises EdadmError as `location`."""
         weights = self.location()
+        if absent := [path for path in self.others if not path.exists()]:
+            raise EdadmError(f"task {self.name} needs {absent[0]}, which does not exist: {self.remedy}")
         identity = _file(weights) if weights.is_file() else _folder(weights, self.hashed)
         if not self.others:
             return identity
@@ -130,5 +182,9 @@ def _file(path: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _hash_of_content(path: Path, size: int, changed: int) -> str:
-    """Hash a file once in a process, as long as its size and time of change stay."""
+    """Hash a file once in a process, as long as its size and time of change stay; weights must be whole."""
+    if path.suffix in _WEIGHTS:
+        from edadm.tasks.checkpoint_file import require_whole
+
+        require_whole(path)
     return file_sha256(path)

@@ -42,14 +42,33 @@ def read_file(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise EdadmError(f"no checkpoint at {path}: give the file of the original weights")
+    require_whole(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _read_torch(path)
+
+
+def require_whole(path: Path) -> None:
+    """Raise EdadmError for a weight file that is cut short, or that a failed download left, without reading tensors.
+
+    A .safetensors file says its length at its start, a torch.save file has its index at its end; one of torch before
+    1.6 has neither and is not checked.
+    """
     with open(path, "rb") as file:
         start = file.read(64)
     for marker, meaning in _NOT_WEIGHTS.items():
         if start.startswith(marker):
             raise EdadmError(f"{path} is {meaning}")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _read_torch(path)
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt"):
+                return
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(path, error) from error
+    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+        raise _unreadable(path, ValueError("its end is missing"))
 
 
 def state_dict(loaded: Any, source: str, section: str = "") -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -61,7 +62,7 @@ def imagenet_dit(
         name="imagenet_dit",
         weights=where,
         sample_shape=shape_of(sample_shape),
-        load=lambda place: load_transformer(place, params),
+        load=lambda place: _with_classes(load_transformer(place, params), classes, place),
         expected_band=bands(expected),
         expected_profile="paper",
         learned_variance=True,
@@ -73,6 +74,16 @@ def imagenet_dit(
         remedy=remedy,
     )
     return task
+
+
+def _with_classes(network: Any, classes: int, place: Path) -> nn.Module:
+    """Return the network. Raises EdadmError unless it is a DiT of so many classes, whose null label follows them."""
+    if type(network).__name__ != "DiTTransformer2DModel":
+        raise EdadmError(f"{place} holds a {type(network).__name__}, not a DiTTransformer2DModel: give a DiT's weights")
+    if network.config.num_embeds_ada_norm != classes:
+        raise EdadmError(f"{place} holds a DiT of {network.config.num_embeds_ada_norm} classes, not of {classes}: set "
+                         f"+task.classes={network.config.num_embeds_ada_norm}")  # fmt: skip
+    return network
 
 
 def load_transformer(place: Path, params: DiTParams) -> nn.Module:

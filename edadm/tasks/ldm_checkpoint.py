@@ -152,7 +152,10 @@ def load_class_embedding(path: str | Path, params: LdmParams) -> Tensor:
     if Path(path).is_dir():
         tensors = read_file(_part(path, "ldm.safetensors"))
         if _CLASS_EMBEDDING not in tensors:
-            raise EdadmError(f"{path} is an unconditional model: it has no {_CLASS_EMBEDDING}")
+            raise EdadmError(
+                f"{path} is an unconditional model, it has no {_CLASS_EMBEDDING}: give a class-conditional one, or "
+                "choose the task of this model"
+            )
         return tensors[_CLASS_EMBEDDING].float()
     assert params.n_classes is not None and params.unet.context_dim is not None
     embedder = class_embedder(ldm_state(path), params.n_classes, params.unet.context_dim, str(path))

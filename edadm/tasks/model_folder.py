@@ -7,7 +7,7 @@ our own in ``config.json``, which stock diffusers reports as ignored and `load_m
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,9 @@ def load_model(folder: str | Path, **config: Any) -> nn.Module:
     weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), folder / _WEIGHTS[0])
     for file in (config_file, weights):
         if not file.is_file():
-            raise EdadmError(f"{file} is missing: give a folder saved by save_pretrained with safetensors")
+            inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+            hint = f"; {folder} holds {', '.join(inner)}, each in a folder of its own" if inner else ""
+            raise EdadmError(f"{file} is missing: give a folder saved by save_pretrained with safetensors{hint}")
     try:
         saved = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -77,6 +79,39 @@ def load_model(folder: str | Path, **config: Any) -> nn.Module:
     model = empty_model(class_name, saved | config)
     state = state_dict(read_file(weights), str(weights))
     return fill(model, convert(state, lambda name: Source(_name_in(state, name)), model, str(weights)), str(weights))
+
+
+def require_denoiser(
+    network: nn.Module, source: str, sample_shape: Sequence[int], conditional: bool, learned_variance: bool
+) -> None:
+    """Raise EdadmError when a diffusers denoiser is not one for samples of this shape and kind.
+
+    source: the file or folder, for messages. sample_shape: (C, H, W). conditional: whether there are conditions to call
+    it with.
+    """
+    config, name = getattr(network, "config", {}), type(network).__name__
+    channels, shape = sample_shape[0], list(sample_shape)
+    takes, gives = config.get("in_channels", channels), config.get("out_channels")
+    expected = 2 * channels if learned_variance else channels
+    if takes != channels or (gives is not None and gives != expected):
+        raise EdadmError(
+            f"{source} holds a {name} from {takes} to {gives or takes} channels, model.sample_shape={shape} needs "
+            f"{channels} to {expected}: give the weights of this task's model, or the shape of the model's samples"
+        )
+    labelled = config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None
+    wants = name != "UNet2DModel" or labelled
+    if wants != conditional:
+        raise EdadmError(
+            f"{source} holds {'a conditional' if wants else 'an unconditional'} {name}, this task is "
+            f"{'conditional' if conditional else 'unconditional'}: give the weights of this task's model, or choose "
+            "the task of these weights"
+        )
+    size = config.get("sample_size")
+    if name == "DiTTransformer2DModel" and size is not None and {size} != set(sample_shape[1:]):
+        raise EdadmError(
+            f"{source} holds a {name} for samples of {size} x {size}, its positions fit no others: "
+            f"model.sample_shape is {shape}"
+        )
 
 
 def _name_in(state: Mapping[str, Any], name: str) -> str:

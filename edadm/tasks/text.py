@@ -20,11 +20,13 @@ from edadm.prompts import read_captions
 from edadm.sampling.guidance import Condition
 from edadm.sampling.noise import CALIBRATION, numpy_rng
 from edadm.store import content_hash
+from edadm.tasks.conversion import refuse
 
 HELD_OUT = 10  # one prompt in so many calibrates where there is no file of its own
 ENCODED_AT_ONCE = 32
 SHUFFLE_SEED = 1234  # of captions, which a file groups by nothing that matters
 EXTRA = "text"
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("vocab.txt",))
 
 
 class Encode(Protocol):
@@ -119,13 +121,17 @@ def encoder_of_folder(folder: Path) -> Encode:
     for part in ("text_encoder", "tokenizer"):
         if not (folder / part).is_dir():
             raise EdadmError(f"{folder} has no {part}: give the folder of a whole Stable Diffusion pipeline")
+    require_vocabulary(folder / "tokenizer")
+    model = load_encoder(folder / "text_encoder", "CLIPTextModel")
     try:
-        model = transformers.CLIPTextModel.from_pretrained(
-            folder / "text_encoder", local_files_only=True, torch_dtype=torch.float32
-        )
         tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise EdadmError(f"the text encoder in {folder} cannot be read: {error}") from error
+    except Exception as error:  # the readers of vocabularies raise types of their own
+        raise _unreadable(folder / "tokenizer", error) from error
+    if len(tokenizer) > model.config.vocab_size:
+        raise EdadmError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, its text encoder {model.config.vocab_size}: they "
+            "are of different models"
+        )
 
     def tokens(texts: Sequence[str]) -> Tensor:
         length = model.config.max_position_embeddings
@@ -133,6 +139,40 @@ def encoder_of_folder(folder: Path) -> Encode:
         return found.input_ids
 
     return _encode(model, tokens)
+
+
+def load_encoder(folder: Path, class_name: str) -> Any:
+    """Read a text encoder of transformers in float32 from its own folder.
+
+    Raises EdadmError when it is not there or broken, and naming what the class has and the files lack, which
+    transformers would fill with random numbers.
+    """
+    transformers = _transformers()
+    if not folder.is_dir():
+        raise EdadmError(f"{folder} is missing: give the folder of a whole pipeline")
+    try:
+        model, found = getattr(transformers, class_name).from_pretrained(
+            folder, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # the readers of configurations and tensors raise types of their own
+        raise _unreadable(folder, error) from error
+    absent = sorted(str(key) for what in ("missing_keys", "mismatched_keys") for key in found[what])
+    refuse([f"missing {key}" for key in absent], f"{folder} does not fit {class_name}")
+    return model
+
+
+def require_vocabulary(folder: Path) -> None:
+    """Raise EdadmError for a folder of a tokenizer without vocabulary, which transformers reads as an empty one."""
+    if not any(all((folder / name).is_file() for name in files) for files in _VOCABULARIES):
+        raise EdadmError(
+            f"{folder} has no vocabulary ({', or '.join(' and '.join(files) for files in _VOCABULARIES)}): fetch the "
+            "folder again"
+        )
+
+
+def _unreadable(folder: Path, error: Exception) -> EdadmError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return EdadmError(f"{folder} cannot be read ({reason}): it is truncated or of another kind, fetch it again")
 
 
 def encoder_of_state(state: Mapping[str, Tensor], file: str, config: Mapping[str, Any] = CLIP_VIT_L_14) -> Encode:

@@ -14,6 +14,7 @@ from edadm.records import Record
 from edadm.report.table import tables
 from edadm.store import Store
 from tests.e2e.toy_task import prepare
+from tests.metrics.small_clip import write_clip
 
 METRICS = "metrics.names=[is_tiny,sqnr,psnr]"
 REFERENCE = ("profile=reference", "profile.rows=8", "profile.batch=4", "profile.iterations=3")
@@ -87,6 +88,48 @@ def test_a_profile_with_verdicts_is_resampled_at_the_end_of_its_runs(
     [contrast] = table.contrasts
     assert (contrast.to, [label for label, _ in contrast.rows]) == ("FP", ["rtn (profile.rows=8)"])
     assert table.missing == ()
+
+
+@pytest.fixture
+def scored_by_clip(results: Path, toy_model: Path, tmp_path: Path) -> tuple[Record, Path]:
+    """A run that a profile with verdicts scored by a small CLIP, and its results folder."""
+    write_clip(tmp_path / "small")
+    (tmp_path / "prompts.txt").write_text("\n".join(f"number {i}" for i in range(6)), encoding="utf-8")
+    words = (
+        "method=rtn", *REFERENCE, "metrics=clip", "metrics.names=[clip,psnr]", "metrics.clip.pretrained=null",
+        f"metrics.clip.prompts={tmp_path}/prompts.txt", f"metrics.clip.model=local-dir:{tmp_path}/small",
+    )  # fmt: skip
+    return records.read(experiment.execute(prepare(toy_model, results, *words))), results
+
+
+def test_what_a_large_network_measured_is_resampled_from_what_the_run_kept(scored_by_clip: tuple[Record, Path]) -> None:
+    record, results = scored_by_clip
+    found = read_all_draws([results])[record.hash].metrics
+    assert found.keys() == {"clip", "psnr"}
+    assert found["clip"].value == pytest.approx(record.metrics["clip"]["value"]) and len(found["clip"].draws) == 200
+    fp = next(made for made in records.read_all([results]) if made.is_fp and "clip" in made.metrics)
+    contrast = difference({0: record}, {0: fp}, "clip", read_all_draws([results]))
+    assert contrast is not None and contrast.value == pytest.approx(record.metrics["clip"]["difference_to_fp"]["value"])
+    assert contrast.half_width > 0
+
+
+def test_metrics_whose_features_are_gone_are_named_and_the_others_resampled(
+    scored_by_clip: tuple[Record, Path],
+) -> None:
+    record, results = scored_by_clip
+    shutil.rmtree(Store().root / "metrics" / record.artefacts["metrics"])
+    assert compare.complete([record], results, Store()) == []  # they have draws
+    draws_path(records.path_of(results, record.task, record.hash)).unlink()
+    [line] = compare.complete([record], results, Store())
+    assert ", clip: no features in the cache" in line and "psnr" not in line
+    assert read_all_draws([results])[record.hash].metrics.keys() == {"psnr"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "resample", lambda *args: pytest.fail("resampled again"))
+        assert compare.complete([record], results, Store()) == [line]
+
+
+def test_the_demo_keeps_no_features(results: Path) -> None:
+    assert not list(Store().root.glob("metrics/*/kept.npz"))
 
 
 def test_runs_without_their_images_are_named_with_a_way_out(results: Path) -> None:

@@ -178,16 +178,16 @@ def test_a_run_killed_between_chunks_samples_the_rest(toy: Toy, monkeypatch: pyt
         if len(made) == 2:
             raise Killed
 
-    original = stages.generate
+    original = stages.generate_chunks
     monkeypatch.setattr(
-        stages, "generate", lambda *a, **k: original(*a, **k | {"progress": lambda done, total: stop(done)})
+        stages, "generate_chunks", lambda *a, **k: original(*a, **k | {"progress": lambda done, total: stop(done)})
     )
     with pytest.raises(Killed):
         stages.images(run, None)
     workspace = run.store.workspace("images", run.key("images"))
     finished = {path.name: path.stat().st_mtime_ns for path in (workspace / stages.CHUNKS).iterdir()}
     assert len(finished) == 2
-    monkeypatch.setattr(stages, "generate", original)
+    monkeypatch.setattr(stages, "generate_chunks", original)
     images = stages.read_images(stages.images(run, None))
     assert torch.equal(images[:6], stages.read_images(stages.images(toy("method=fp", "n_images=6"), None)))
 
@@ -310,7 +310,7 @@ def test_a_full_disk_while_sampling_loses_nothing_that_was_finished(toy: Toy, mo
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(stages, "generate", full)
+    monkeypatch.setattr(stages, "generate_chunks", full)
     execute_fp = experiment.full_precision(run)
     with pytest.raises(EdadmError, match="disk is full"):
         stages.images(execute_fp, None)

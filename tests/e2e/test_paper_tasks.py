@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,13 +57,20 @@ def test_dit_runs_with_its_learned_variance(make: Make, tmp_path: Path) -> None:
     assert record.status == "ok" and record.metrics["sqnr"]["value"] > 0
 
 
-def test_stable_diffusion_runs_with_prompts(make: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "cache"), [("rtn", "auto"), ("edadm", "disk")])
+def test_stable_diffusion_runs_with_prompts(make: Make, tmp_path: Path, method: str, cache: str) -> None:
     pytest.importorskip("transformers")
     (tmp_path / "prompts.txt").write_text("\n".join(f"a {letter} b" for letter in "abcdefghijklmnopq"))
-    words = ("method=rtn", f"dataset.prompts={tmp_path / 'prompts.txt'}")
+    words = (f"method={method}", f"reconstruction.cache={cache}", f"dataset.prompts={tmp_path / 'prompts.txt'}")
     run = make("coco_sd14", pipeline_folder(tmp_path / "model"), (4, 8, 8), *words)
+    assert run.guidance is not None and run.guidance.scale == 7.5 and type(run.sampler).__name__ == "PLMS"
     record = records.read(experiment.execute(run))
     assert record.status == "ok" and record.metrics["sqnr"]["value"] > 0 and record.cost["macs"] > 0
+    if method == "edadm":
+        folder = tmp_path / "cache" / "quantized" / record.artefacts["quantized"]
+        reports = json.loads((folder / stages.REPORTS).read_text())
+        assert {report["iterations"] for report in reports} == {2} and not (folder / stages.CACHE).exists()
+        assert [report["unit"] for report in reports] == list(dict.fromkeys(site["unit"] for site in record.sites))
 
 
 def test_cifar10_runs(make: Make, tmp_path: Path, toy_model: Path) -> None:

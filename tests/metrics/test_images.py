@@ -1,12 +1,24 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from edadm.errors import EdadmError
-from edadm.metrics.images import comparison_grid, grid, image_files, read_folder, read_image, write_folder
+from edadm.metrics.images import (
+    comparison_grid,
+    each_image,
+    grid,
+    image_files,
+    read_file,
+    read_folder,
+    read_image,
+    write_folder,
+    writing_file,
+)
 
 from .conftest import random_images
 
@@ -97,3 +109,57 @@ def test_grids_take_fewer_images_and_refuse_unequal_ones(tmp_path):
         comparison_grid(random_images(3), random_images(3, 16), tmp_path / "x.png")
     with pytest.raises(ValueError, match="uint8"):
         grid(random_images(3).float(), tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("n", [0, 7])
+def test_a_file_written_in_parts_is_that_of_numpy_and_is_read_as_a_map(tmp_path, n):
+    images = random_images(7, 9)[:n]
+    np.save(tmp_path / "whole.npy", images.numpy())
+    with writing_file(tmp_path / "parts.npy", n) as append:
+        for part in images.split(3) if n else [images]:
+            append(part.contiguous(memory_format=torch.channels_last))
+    assert (tmp_path / "parts.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    read = read_file(tmp_path / "parts.npy")
+    assert torch.equal(read, images)
+    read.zero_()
+    assert torch.equal(read_file(tmp_path / "parts.npy"), images)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_reading_a_file_in_parts_takes_no_memory_of_its_own(tmp_path):
+    with writing_file(tmp_path / "images.npy", 1024) as append:
+        for _ in range(16):
+            append(torch.ones(64, 1, 256, 256, dtype=torch.uint8))
+    before = _own_memory()
+    images = read_file(tmp_path / "images.npy")
+    peak = 0
+    for part in images.split(64):
+        assert int(part.sum()) == part.numel()
+        peak = max(peak, _own_memory() - before)
+    assert images.nbytes == 2**26 and peak < 2**24
+
+
+def _own_memory() -> int:
+    """Bytes that this process holds and no file backs."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+def test_a_file_is_there_only_when_it_is_whole(tmp_path):
+    few = pytest.raises(ValueError, match="2 images were written into a file for 3")
+    with few, writing_file(tmp_path / "images.npy", 3) as append:
+        append(random_images(2, 8))
+    with pytest.raises(KeyboardInterrupt), writing_file(tmp_path / "images.npy", 3) as append:
+        append(random_images(2, 8))
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_of_a_folder_come_one_by_one(tmp_path):
+    images = random_images(3, 8)
+    files = write_folder(images, tmp_path)
+    files[2].write_bytes(b"")
+    read = each_image(files)
+    assert torch.equal(next(read), images[0]) and torch.equal(next(read), images[1])
+    with pytest.raises(EdadmError, match=r"000002\.png"):
+        next(read)

@@ -150,3 +150,32 @@ def test_sources_that_are_no_reference_are_named(tmp_path):
     with pytest.raises(EdadmError, match="unknown crop square"):
         content_of(tmp_path / "one", "square")
     assert content_of("cifar10-train") == "cifar10-train"
+
+
+def test_a_reference_of_few_images_is_a_trial(tmp_path, caplog):
+    write_folder(random_images(3, 8), tmp_path / "set")
+    with caplog.at_level(logging.WARNING):
+        references.check(tmp_path / "set", None, (8, 8), features=3)
+    assert not caplog.text
+    with caplog.at_level(logging.WARNING):
+        references.check(tmp_path / "set", None, (8, 8), features=2048)
+    assert "has 3 images, fewer than the 2048 features compared" in caplog.text
+
+
+def test_a_reference_of_another_size_needs_a_crop(tmp_path):
+    write_folder(random_images(2, 8), tmp_path / "set")
+    np.savez(tmp_path / "batch.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    for source in (tmp_path / "set", tmp_path / "batch.npz"):
+        references.check(source, "center_256", (256, 256))
+        with pytest.raises(EdadmError, match=r"are 8 x 8, the scored ones 9 x 16: give .*metrics\.crop \(center_256"):
+            references.check(source, None, (16, 9))
+    references.check("cifar10-train", None, (32, 32))
+    with pytest.raises(EdadmError, match="cifar10-train are 32 x 32"):
+        references.check("cifar10-train", None, (64, 64))
+
+
+def test_statistics_of_another_network_are_named(tmp_path):
+    np.savez(tmp_path / "fid.npz", mu=np.zeros(4), sigma=np.eye(4))
+    references.check(tmp_path / "fid.npz", None, (8, 8))
+    with pytest.raises(EdadmError, match="statistics of 4 features, the images have 2048"):
+        references.check(tmp_path / "fid.npz", None, (8, 8), features=2048)

@@ -5,11 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from edadm.errors import EdadmError
 from edadm.metrics import inception, paired, registry, tiny
 from edadm.metrics.bootstrap import frechet_difference
-from edadm.metrics.registry import METRICS, Reference, score
+from edadm.metrics.images import read_file, writing_file
+from edadm.metrics.registry import METRICS, PART, Reference, score
 
 from .conftest import random_images
 
@@ -91,7 +94,7 @@ def test_one_image_gives_reasons_instead_of_values(reference, tiny_network):
     )
     assert "at least 2 images, got 1" in found["fd_tiny"]["reason"]
     assert found["sfd_tiny"]["value"] is None
-    assert "at least 258 images" in found["fd_tiny_infinity"]["reason"]
+    assert "at least 260 images" in found["fd_tiny_infinity"]["reason"]
     assert found["ssim"]["value"] is not None and found["ssim"]["interval"] is None
 
 
@@ -151,3 +154,48 @@ def test_inception_metrics_share_one_pass(inception_network, monkeypatch):
     assert found["fid"]["reference_n"] == 40 and "not comparable" in found["fid"]["note"]
     assert found["fid"]["network_sha256"] == inception_network.sha256
     json.dumps(found, allow_nan=False)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation makes."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        inputs = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in inputs:
+                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
+        return made
+
+
+def test_no_tensor_grows_with_the_number_of_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(paired, "CHUNK", 10)
+    with writing_file(tmp_path / "images.npy", 900) as append:
+        append(random_images(900, 16))
+    images = read_file(tmp_path / "images.npy")
+
+    def largest(n: int) -> int:
+        with Largest() as mode:
+            score(images[:n], ["psnr", "ssim"], Reference(), images[-n:], resamples=2)
+        return mode.nbytes
+
+    assert largest(800) == largest(100) < images[:800].nbytes
+
+
+def test_images_are_cropped_and_given_to_feature_networks_in_parts(reference, monkeypatch):
+    class Network:
+        sha256, name = "0" * 64, "sizes"
+
+    def embeddings(images, network):
+        seen.append(tuple(images.shape))
+        return images[:, :, 0, 0].float()
+
+    seen = []
+    monkeypatch.setattr(registry.clip, "image_embeddings", embeddings)
+    images = random_images(PART + 3, 4)
+    run = registry._Run(images, None, reference, *[None] * 6, (), "center_300", None, 0, 2, registry._forget)
+    assert run.embeddings(Network()).shape == (PART + 3, 3)
+    assert seen == [(PART, 3, 300, 300), (3, 3, 300, 300)]
+    assert PART % registry.clip.BATCH == 0 and PART % registry.dinov2.BATCH == 0 and PART % 64 == 0

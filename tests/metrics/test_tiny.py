@@ -30,7 +30,7 @@ def test_one_pass_gives_the_networks_own_features(tiny_network):
     torch.testing.assert_close(found.pooled, pooled, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.spatial, spatial, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.logits, logits, rtol=1e-4, atol=1e-5)
-    assert (len(found), found.pooled.shape[1], found.spatial.shape[1]) == (5, 128, 112)
+    assert (len(found), found.pooled.shape[1], found.spatial.shape[1]) == (5, 129, 112)
 
 
 def test_features_do_not_depend_on_what_else_is_scored(tiny_network):
@@ -52,7 +52,7 @@ def test_distances_are_those_of_the_features(tiny_network, reference):
 
 
 def test_is_tiny_is_one_for_equal_and_ten_for_confident_even_predictions():
-    features = tiny.TinyFeatures(torch.zeros(20, 128), torch.zeros(20, 112), 100 * torch.eye(10).repeat(2, 1))
+    features = tiny.TinyFeatures(torch.zeros(20, 129), torch.zeros(20, 112), 100 * torch.eye(10).repeat(2, 1))
     assert tiny.is_tiny(features) == pytest.approx(10, rel=1e-6)
     same = tiny.TinyFeatures(features.pooled, features.spatial, torch.ones(20, 10))
     assert tiny.is_tiny(same) == pytest.approx(1)

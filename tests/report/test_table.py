@@ -150,6 +150,8 @@ def test_without_draws_the_table_says_how_to_make_them() -> None:
     assert {gap.what: gap.command for gap in table.missing} == {
         "paired differences of FP, edadm": "python -m edadm.compare"
     }
+    [table] = tables([fp(fd=None), *seeds("edadm", [10.0])])  # nothing of FP can be resampled
+    assert [gap.what for gap in table.missing] == ["paired differences of edadm"]
 
 
 def test_the_demo_is_headed_as_no_verdict_and_marks_no_winner() -> None:
@@ -220,6 +222,13 @@ def test_a_metric_without_a_value_says_why() -> None:
     table = one([fp(), record(metrics={"fd_tiny": metric(None, reason="one image: distances need more")})])
     assert cell(table, "edadm", "fd_tiny").text == "n/a"
     assert any("one image" in note for note in table.notes)
+
+
+def test_a_metric_that_no_run_has_leaves_its_reason_and_no_column() -> None:
+    none = {"fd_tiny_infinity": metric(None, reason="at least 258 images")}
+    table = one([fp(metrics={"fd_tiny": metric(5.0)} | none), record(metrics={"fd_tiny": metric(9.0)} | none)])
+    assert [column.name for column in table.columns] == ["fd_tiny"]
+    assert "fd_tiny_infinity is n/a: at least 258 images" in table.notes
 
 
 def test_paired_metrics_of_full_precision_are_a_dash() -> None:

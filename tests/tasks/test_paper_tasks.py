@@ -68,7 +68,9 @@ def test_the_hash_follows_every_part_of_the_model(tmp_path: Path) -> None:
 
 
 def test_church_has_its_heads_also_from_a_folder(tmp_path: Path) -> None:
-    task = latent_task("toy", originals.LDM, str(ldm_folder("lsun_church_ldm8", tmp_path)), SHAPES["lsun_church_ldm8"])
+    folder = ldm_folder("lsun_church_ldm8", tmp_path)
+    unconditional = dataclasses.replace(originals.LDM, n_classes=None)
+    task = latent_task("toy", unconditional, str(folder), SHAPES["lsun_church_ldm8"])
     assert {module.heads for module in task.denoiser().modules() if hasattr(module, "to_q")} == {8}
 
 
