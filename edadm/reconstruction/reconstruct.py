@@ -107,10 +107,9 @@ class _Run:
                 quantized = stack.enter_context(self._passes(first))
             for index in range(first, len(self.units)):
                 unit, phase = self.units[index], phases[index]
-                data = self._collect(index, phase, full, quantized)
                 report = reconstruct_unit(
                     unit,
-                    data,
+                    self._collect(index, phase, full, quantized),  # held by nobody else, so that one unit's is alive
                     phase,
                     self.random(phase.name, unit.name),
                     observe=self.observe,

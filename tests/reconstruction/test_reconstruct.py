@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from functools import partial
+from weakref import ref
 
 import pytest
 import torch
@@ -124,6 +125,25 @@ def test_a_cache_on_disk_holds_everything_that_waits_in_files(make_network, rows
     monkeypatch.setattr(reconstruction, "PausedPasses", Seen)
     run(make_network(), rows, JOINT, limit=7, cache=Cache("disk", tmp_path / "cache"), observe=look)
     assert max(seen) >= 2 * 3 * 4  # both paths, three batches, the open skip connections
+
+
+def test_the_data_of_one_unit_are_alive_at_a_time(make_network, rows, monkeypatch):
+    alive, stack = [], Cache.stack
+    targets = {}
+
+    def stacked(self, *arguments):
+        alive.append(sum(target() is not None for target in targets.values()))
+        return stack(self, *arguments)
+
+    monkeypatch.setattr(Cache, "stack", stacked)
+    run(
+        make_network(),
+        rows,
+        JOINT,
+        limit=6,
+        observe=lambda step: targets.update({step.unit.name: ref(step.data.target)}),
+    )
+    assert len(targets) == 6 and alive == [0] * 12
 
 
 def test_quantized_weights_of_finished_units_are_not_kept(make_network, rows):
