@@ -27,7 +27,8 @@ from torch import nn
 from benchmarks import records
 from edadm import config
 from edadm.errors import EdadmError
-from edadm.keys import ROWS_PER_PASS, Run, build_part
+from edadm.keys import ROWS_PER_PASS, Run
+from edadm.parts import build_part
 from edadm.progress import Meter, Progress, duration
 from edadm.quant import io
 from edadm.quant.calibrate import set_activation_ranges, set_weight_ranges

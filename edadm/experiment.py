@@ -22,8 +22,9 @@ from edadm.diagnostics import registry as diagnostics
 from edadm.environment import check_torchvision
 from edadm.errors import EdadmError
 from edadm.estimate import announcement
-from edadm.keys import Run, build_part
+from edadm.keys import Run
 from edadm.metrics.images import comparison_grid, grid
+from edadm.parts import build_part
 from edadm.quant import io
 from edadm.quant.network import QuantModel, Site
 from edadm.records import Record

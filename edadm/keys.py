@@ -22,49 +22,18 @@ from edadm.metrics.crops import check_crop
 from edadm.metrics.images import image_files
 from edadm.metrics.inception_network import RELEASE_SHA256, find_weights
 from edadm.metrics.registry import INCEPTION, METRICS, PROMPTED, TINY
+from edadm.parts import Key, build_guidance, build_part, build_sampler, identity
 from edadm.prompts import Prompted, check_prompts, read_prompts
 from edadm.quant.network import Bits, SitePlan
 from edadm.reconstruction.settings import Joint, TwoPhase
 from edadm.sampling.guidance import Guidance
-from edadm.sampling.interface import NOISE, DiffusionSampler, fitted
+from edadm.sampling.interface import DiffusionSampler
 from edadm.sampling.noise import EVALUATION
 from edadm.store import Store, content_hash, file_sha256
-from edadm.tasks.base import Decoder, Own, Task
+from edadm.tasks.base import Decoder, Task
 
 VERSION = 1  # of the way the stages call the parts
 ROWS_PER_PASS = 32  # calibration rows in one forward pass of the network
-DEFAULT_SAMPLER = "edadm.sampling.ddim.Sampler"  # of a sampler's configuration that names no class
-OWN = "own"  # the sampler that a user's pipeline brings itself
-
-Key = dict[str, Any]
-
-
-def build_part(part: Mapping[str, Any]) -> Any:
-    """Instantiate a part of the configuration: ``_target_`` called with the other entries but ``name``.
-
-    Raises EdadmError for an entry that the part does not have.
-    """
-    from hydra.utils import get_object
-
-    target = get_object(part["_target_"])
-    numbers = {key: value for key, value in part.items() if key not in ("name", "_target_")}
-    if dataclasses.is_dataclass(target):
-        known = [field.name for field in dataclasses.fields(target) if field.name != "version"]
-        if unknown := [key for key in numbers if key not in known]:
-            name = part.get("name", part["_target_"])
-            raise EdadmError(f"{name} has no {', '.join(unknown)}: what can be set is {', '.join(known)}")
-    return target(**numbers)
-
-
-def identity(part: Any) -> Key:
-    """Return what a part contributes to a key: its class, its version and its numbers.
-
-    What a sampler's network predicts is named where it is not noise.
-    """
-    numbers = dataclasses.asdict(part)
-    if numbers.get("prediction_type") == NOISE:
-        del numbers["prediction_type"]
-    return {"part": type(part).__name__, "version": part.version, **numbers}
 
 
 @dataclass(frozen=True)
@@ -123,53 +92,27 @@ class Run:
     @cached_property
     def sampler(self) -> DiffusionSampler:
         """The sampler of the images. Raises EdadmError when it does not fit what the model predicts."""
-        return self._build_sampler(self.settings["sampler"])
+        return build_sampler(self.settings["sampler"], self.task)
 
     @cached_property
     def calibration_sampler(self) -> DiffusionSampler:
         """The sampler of the full-precision trajectories: that of the images, unless the configuration has its own."""
-        return self._build_sampler(self.calibration_sampling)
+        return build_sampler(self.calibration_sampling, self.task)
 
     @cached_property
     def guidance(self) -> Guidance | None:
         """The guidance of the images, None for an unconditional model. Raises EdadmError when that is to be guided."""
-        return self._build_guidance(self.settings["sampler"])
+        return build_guidance(self.settings["sampler"], self.task)
 
     @cached_property
     def calibration_guidance(self) -> Guidance | None:
         """The guidance of the full-precision trajectories."""
-        return self._build_guidance(self.calibration_sampling)
+        return build_guidance(self.calibration_sampling, self.task)
 
     @property
     def calibration_sampling(self) -> Mapping[str, Any]:
         """The part of the configuration that says how full-precision trajectories are sampled."""
         return self.settings.values.get("calibration_sampler") or self.settings["sampler"]
-
-    def _build_sampler(self, part: Mapping[str, Any]) -> DiffusionSampler:
-        own = self.task.own
-        if part["name"] == OWN:
-            if own is None:
-                self.task.location()
-                raise EdadmError(f"sampler={OWN} is that of a user's pipeline, and this is task {self.task.name}")
-            sampler = own.sampler(part["steps"], float(part["eta"]))
-        else:
-            numbers = {key: value for key, value in part.items() if key != "guidance_scale"}
-            sampler = build_part({"_target_": DEFAULT_SAMPLER} | (numbers if own is None else _filled(numbers, own)))
-        return fitted(sampler, self.task.prediction_type, self.task.learned_variance)
-
-    def _build_guidance(self, part: Mapping[str, Any]) -> Guidance | None:
-        own, scale = self.task.own, part.get("guidance_scale", 1.0)
-        if own is not None:  # 1 and less mean none, as in a call of the pipeline
-            scale = 1.0 if own.embeds_guidance else max(1.0, own.guidance_scale if scale is None else scale)
-        scale = float(scale)
-        if self.task.conditions is not None:
-            return Guidance(self.task.conditions(), scale, self.task.guided_channels)
-        if scale != 1:
-            raise EdadmError(
-                f"sampler.guidance_scale={scale:g}, but the model of task {self.task.name} is unconditional: there is "
-                "nothing to guide it with, set it to 1"
-            )
-        return None
 
     @cached_property
     def calibration(self) -> Any:
@@ -409,24 +352,6 @@ class Run:
     @cached_property
     def _base(self) -> Key:
         return {"stages": VERSION, "model": self.task.sha256(), "threads": self.threads}
-
-
-def _filled(numbers: Key, own: Own) -> Key:
-    """Return the numbers of a sampler with those of the pipeline's training where they are open.
-
-    Raises EdadmError naming those that the pipeline does not say either.
-    """
-    from hydra.utils import get_object
-
-    part = get_object(numbers.get("_target_", DEFAULT_SAMPLER))
-    taken = {field.name for field in dataclasses.fields(part)}
-    filled = {**own.schedule, **{key: value for key, value in numbers.items() if value is not None}}
-    if unknown := [key for key in numbers if key.startswith("beta_") and key in taken and key not in filled]:
-        raise EdadmError(
-            f"sampler={numbers['name']} needs {', '.join(unknown)}, which the pipeline's scheduler does not have: use "
-            f"sampler={OWN}, or give the numbers of the training"
-        )
-    return {key: value for key, value in filled.items() if key in taken or key in ("name", "_target_")}
 
 
 def _guidance_key(guidance: Guidance | None) -> Key:

@@ -19,9 +19,10 @@ import torch
 from edadm.config import Settings
 from edadm.errors import EdadmError
 from edadm.estimate import seconds_per_row, stage_passes
-from edadm.keys import Run, build_part
+from edadm.keys import Run
 from edadm.metrics import clip_tiny
 from edadm.metrics.images import image_files
+from edadm.parts import build_part
 from edadm.progress import duration
 from edadm.store import Store, cache_root
 from edadm.tasks import weights

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from edadm import config
 from edadm.errors import EdadmError
-from edadm.keys import build_part
+from edadm.parts import build_part
 
 GROUPS = sorted(path.name for path in config.CONF.iterdir() if path.is_dir())
 PLUGINS = {"joblib": "hydra_plugins.hydra_joblib_launcher", "slurm": "hydra_plugins.hydra_submitit_launcher"}

@@ -7,7 +7,8 @@ import pytest
 
 from edadm import config
 from edadm.errors import EdadmError
-from edadm.keys import Run, identity
+from edadm.keys import Run
+from edadm.parts import identity
 from edadm.sampling.ddim import Sampler
 from edadm.sampling.guidance import ClassConditions
 from edadm.sampling.interface import DiffusionSampler

@@ -18,7 +18,7 @@ from benchmarks import readme as benchmark_block
 from edadm import config, records, results
 from edadm.calibration.rows import RowSampler
 from edadm.calibration.trajectories import Trajectories
-from edadm.keys import build_part, identity
+from edadm.parts import build_part, identity
 from edadm.report import __main__ as report
 from edadm.report.page import with_block
 from edadm.report.render import markdown

@@ -7,7 +7,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from edadm import config
-from edadm.keys import Run, build_part
+from edadm.keys import Run
+from edadm.parts import build_part
 
 
 def row_sampler(run: Run, name: str) -> Any:

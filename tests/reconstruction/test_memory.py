@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from edadm import config
-from edadm.keys import ROWS_PER_PASS, Run, build_part
+from edadm.keys import ROWS_PER_PASS, Run
+from edadm.parts import build_part
 from edadm.quant.calibrate import set_activation_ranges, set_weight_ranges
 from edadm.quant.network import Bits, QuantModel
 from edadm.quant.ranges import MinMax

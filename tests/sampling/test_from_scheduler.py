@@ -375,7 +375,7 @@ def test_impossible_numbers_of_steps_are_named_at_once(config, steps):
 
 
 def test_the_key_of_a_sampler_holds_every_option():
-    from edadm.keys import identity
+    from edadm.parts import identity
 
     key = identity(sampler_of(PIXART, 20))
     assert key["scheduler"] == "DPMSolverMultistepScheduler" and "prediction_type" not in key

@@ -7,7 +7,7 @@ import torch
 
 from edadm import config, requirements
 from edadm.errors import EdadmError
-from edadm.keys import build_part
+from edadm.parts import build_part
 from edadm.prompts import read_captions
 from edadm.sampling.noise import CALIBRATION, EVALUATION
 from edadm.tasks import cifar10_latent, text
