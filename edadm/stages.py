@@ -25,7 +25,9 @@ from edadm.metrics.images import each_image, image_files, read_file, writing_fil
 from edadm.metrics.inception import InceptionReference
 from edadm.metrics.inception_network import InceptionNetwork
 from edadm.metrics.paired import StepSQNR, sqnr_per_step
-from edadm.metrics.registry import METRICS, Reference, score
+from edadm.metrics.registry import METRICS
+from edadm.metrics.scored_images import Reference
+from edadm.metrics.scoring import score
 from edadm.progress import Meter, Progress, duration
 from edadm.quant import io
 from edadm.quant.calibrate import set_activation_ranges, set_weight_ranges

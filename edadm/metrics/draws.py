@@ -43,7 +43,7 @@ KEPT = {
     "clip_tiny": "clip_tiny",
     "aesthetic": "aesthetic",
 }
-"""The array with a row for every image, kept by ``registry.score``, that a metric is resampled from."""
+"""The array with a row for every image, kept by ``scoring.score``, that a metric is resampled from."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from edadm import config
 from edadm.errors import EdadmError
 from edadm.keys import Run
 from edadm.metrics import clip, clip_tiny, networks
-from edadm.metrics.registry import METRICS, Reference, score
+from edadm.metrics.registry import METRICS
+from edadm.metrics.scored_images import Reference
+from edadm.metrics.scoring import score
 from edadm.store import Store
 from experiments.training.tokenizer import open_clip_tokenizer
 from tests.tasks.narrow_latent import CLIP, PREPROCESS, clip_folder

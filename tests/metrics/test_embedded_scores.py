@@ -1,4 +1,4 @@
-"""CLIP score, aesthetic score and FD-DINOv2 as ``registry.score`` gives them."""
+"""CLIP score, aesthetic score and FD-DINOv2 as ``scoring.score`` gives them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from edadm.metrics import aesthetic, bootstrap, clip, dinov2, inception, tiny
 from edadm.metrics.crops import crop_all
 from edadm.metrics.inception_network import InceptionNetwork
 from edadm.metrics.references import FeatureReference
-from edadm.metrics.registry import Reference, score
+from edadm.metrics.scored_images import Reference
+from edadm.metrics.scoring import score
 
 from .conftest import random_images
 from .small_clip import EMBED, write_clip

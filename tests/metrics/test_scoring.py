@@ -9,10 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from edadm.errors import EdadmError
-from edadm.metrics import inception, paired, registry, tiny
+from edadm.metrics import clip, dinov2, inception, paired, tiny
 from edadm.metrics.bootstrap import frechet_difference
 from edadm.metrics.images import read_file, writing_file
-from edadm.metrics.registry import METRICS, PART, Reference, score
+from edadm.metrics.registry import METRICS
+from edadm.metrics.scored_images import PART, Reference, ScoredImages
+from edadm.metrics.scoring import _SCORERS, _forget, score
 
 from .conftest import random_images
 
@@ -36,7 +38,7 @@ def images(fp) -> torch.Tensor:
 
 
 def test_every_metric_has_a_scorer_and_a_direction():
-    assert registry._SCORERS.keys() == METRICS.keys()
+    assert _SCORERS.keys() == METRICS.keys()
     for name, info in METRICS.items():
         assert info.title and info.version >= 1
         assert info.proxy == ("tiny" in name)
@@ -193,9 +195,9 @@ def test_images_are_cropped_and_given_to_feature_networks_in_parts(reference, mo
         return images[:, :, 0, 0].float()
 
     seen = []
-    monkeypatch.setattr(registry.clip, "image_embeddings", embeddings)
+    monkeypatch.setattr(clip, "image_embeddings", embeddings)
     images = random_images(PART + 3, 4)
-    run = registry._Run(images, None, reference, *[None] * 6, (), "center_300", None, 0, 2, registry._forget)
+    run = ScoredImages(images, None, reference, *[None] * 6, (), "center_300", None, 0, 2, _forget)
     assert run.embeddings(Network()).shape == (PART + 3, 3)
     assert seen == [(PART, 3, 300, 300), (3, 3, 300, 300)]
-    assert PART % registry.clip.BATCH == 0 and PART % registry.dinov2.BATCH == 0 and PART % 64 == 0
+    assert PART % clip.BATCH == 0 and PART % dinov2.BATCH == 0 and PART % 64 == 0
