@@ -31,25 +31,26 @@ def need_of_denoiser(run: Run, denoiser: nn.Module) -> Need:
         condition = run.guidance.conditions.rows(EVALUATION, run.settings["evaluation_seed"], [0])
     network = QuantModel.wrap(denoiser, run.bits, run.plan)
     sample = (torch.empty(1, *run.task.sample_shape), torch.empty(1), *condition.values())
-    return need_of_network(run, network, sample, ("timestep", *condition))
+    copies = 2 if run.calibration_guidance is not None and run.calibration_guidance.guides else 1
+    rows = copies * run.settings["profile.rows"]
+    return need_of_network(run, network, sample, ("timestep", *condition), rows)
 
 
-def need_of_network(run: Run, network: QuantModel, sample: Sequence[torch.Tensor], names: Sequence[str]) -> Need:
+def need_of_network(
+    run: Run, network: QuantModel, sample: Sequence[torch.Tensor], names: Sequence[str], rows: int
+) -> Need:
     """Return the memory that a reconstruction needs with its cache where the configuration wants it.
 
-    sample, names: some rows as `edadm.reconstruction.reconstruct` takes them. reconstruction.cache=auto takes the first
-    place where everything should fit, else the first where what is known to be needed fits. Raises EdadmError when that
-    does not fit at the place.
+    sample, names: some of the ``rows`` as `edadm.reconstruction.reconstruct` takes them. reconstruction.cache=auto
+    takes the first place where everything should fit, else the first where what is known to be needed fits. Raises
+    EdadmError when that does not fit at the place.
     """
     assert run.optimizer is not None
-    rows, copies = run.settings["profile.rows"], 1
-    if run.calibration_guidance is not None and run.calibration_guidance.guides:
-        copies = 2
     plan = Plan(
         phases=run.optimizer.phases,
-        rows=copies * rows,
+        rows=rows,
         rows_per_pass=ROWS_PER_PASS,
-        range_rows=copies * -(-rows // run.settings["profile.range_batches"]),
+        range_rows=-(-rows // run.settings["profile.range_batches"]),
         cpu=not run.device.startswith("cuda"),
     )
     sizes = measure(network, sample, names, run.settings["reconstruction.granularity"])

@@ -23,11 +23,13 @@ def set_activation_ranges(
     """Run one forward pass per batch while every activation quantizer updates its range from what it sees.
 
     batches: callables that run the network on one batch of rows. A quantizer updates its range before it quantizes
-    the batch, so later layers see inputs quantized with the ranges so far (golden README 7.2).
+    the batch, so later layers see inputs quantized with the ranges so far (golden README 7.2). Earlier ranges are
+    forgotten.
     Raises EdadmError when a quantizer saw nothing.
     """
     network.set_state(weights=weights, activations=True)
     for quantizer in network.activation_quantizers:
+        quantizer.reset_range()
         quantizer.observe = ranges
     try:
         for run in batches:

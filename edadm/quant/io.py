@@ -60,7 +60,7 @@ def load(folder: str | Path) -> QuantModel:
     folder = Path(folder)
     description = read_description(folder)
     try:
-        stored = load_file(folder / (WEIGHTS if (folder / DESCRIPTION).exists() else PRETRAINED_WEIGHTS))
+        stored = load_file(files(folder)[1])
     except Exception as error:
         raise _unreadable(folder, error) from error
     with torch.device("meta"):  # every tensor is in the file, so none is drawn at random first
@@ -71,6 +71,14 @@ def load(folder: str | Path) -> QuantModel:
     return network
 
 
+def files(folder: str | Path) -> tuple[Path, Path]:
+    """Return the description and the weights that `load` reads from a folder; they need not be there."""
+    folder = Path(folder)
+    if (folder / DESCRIPTION).exists() or not (folder / PRETRAINED_CONFIG).exists():
+        return folder / DESCRIPTION, folder / WEIGHTS
+    return folder / PRETRAINED_CONFIG, folder / PRETRAINED_WEIGHTS
+
+
 def read_description(folder: str | Path) -> dict[str, Any]:
     """Return what a folder says of its quantized network: class, configuration, bits, plan and facts.
 
@@ -78,10 +86,10 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     try:
-        if (folder / DESCRIPTION).exists() or not (folder / PRETRAINED_CONFIG).exists():
-            description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        else:
-            config = json.loads((folder / PRETRAINED_CONFIG).read_text(encoding="utf-8"))
+        file = files(folder)[0]
+        description = json.loads(file.read_text(encoding="utf-8"))
+        if file.name == PRETRAINED_CONFIG:
+            config = description
             quantization = config.get(QUANTIZATION) or {}
             if quantization.get("quant_method") != METHOD:
                 raise ValueError(f"{PRETRAINED_CONFIG} has no {QUANTIZATION} of ours")

@@ -58,6 +58,7 @@ class QuantLayer(nn.Module):
         )
         self.weight_enabled = False
         self.weight_is_quantized = False
+        self.edges = False
         self.alphas: nn.ParameterList | None = None
         self._dequantized: torch.Tensor | None = None
 
@@ -79,7 +80,7 @@ class QuantLayer(nn.Module):
             return self.weight
         if self.alphas is not None:
             return self._join(
-                soft_weight(part, q.scale, q.zero_point, q.levels, alpha)
+                soft_weight(part, q.scale, q.zero_point, q.levels, alpha, self.edges)
                 for part, q, alpha in zip(self._parts(self.weight), self.weight_quantizers, self.alphas)
             )
         return self.quantized_weight()

@@ -15,6 +15,7 @@ from edadm.quant.families import family_of
 from edadm.quant.layers import AttentionMatmul, LayerBits, QuantLayer
 from edadm.quant.quantizer import ActivationQuantizer, is_float
 
+FLOAT = "float"  # role and unit of what a family leaves in floating point
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
 QUANTIZABLE = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d
 
@@ -202,7 +203,12 @@ class QuantModel(nn.Module):
 
     def sites(self) -> list[Site]:
         """List every quantizer in execution order of its unit; 32 bits marks a site left in floating point."""
-        return [site for unit in self.units("block") for site in _unit_sites(unit)]
+        return [site for unit in self.units("block") for site in _unit_sites(unit)] + self._float_sites()
+
+    def _float_sites(self) -> list[Site]:
+        """List the weights of layers that the family leaves alone, as embeddings of a class are."""
+        left = [name for name, module in self.model.named_modules() if isinstance(module, QUANTIZABLE)]
+        return [Site(f"{name}.weight", FLOAT, "weight", 32, FLOAT) for name in left]
 
 
 def _named(layers: tuple[QuantLayer, ...], roles: tuple[str, ...]) -> str | None:

@@ -11,6 +11,7 @@ from torch import nn
 from edadm.errors import EdadmError
 from edadm.quant.rounding import hard_weight, per_channel
 
+MOST_OF_A_DOT = 2**31 - 1  # elements of a product that CUDA takes at once
 FLOAT_BITS = 16  # this width and wider ones mean floating point
 
 
@@ -79,11 +80,17 @@ class _StraightThrough(torch.autograd.Function):
             grad_x = torch.addcmul(grad, grad, _as_float(stops, grad), value=-1)
         if residual is not None:
             if scale.numel() == 1:
-                total = torch.dot(grad.reshape(-1), residual.reshape(-1)).view_as(scale)
+                total = _dot(grad.reshape(-1), residual.reshape(-1)).view_as(scale)
             else:
                 total = (grad * residual).sum_to_size(scale.shape)
             grad_scale = total / scale
         return grad_x, grad_scale, None, None, None, None
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if a.numel() <= MOST_OF_A_DOT:
+        return torch.dot(a, b)
+    return torch.stack([torch.dot(*parts) for parts in zip(a.split(MOST_OF_A_DOT), b.split(MOST_OF_A_DOT))]).sum()
 
 
 def quantize_ste(

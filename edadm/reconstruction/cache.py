@@ -67,15 +67,17 @@ class Cache:
             return tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None
         return self.place == "device" or tensor.device.type == "cpu"
 
-    def stack(self, batches: Iterable[Sequence[torch.Tensor]], rows: int) -> list[torch.Tensor]:
-        """Concatenate several tensors at once over their ``rows`` rows, each batch copied as it comes.
+    def stack(self, batches: Iterable[Sequence[torch.Tensor]], rows: Sequence[int]) -> list[torch.Tensor]:
+        """Concatenate several tensors at once over their rows, each batch copied as it comes.
 
-        batches: of every tensor a part, (rows of the batch, ...). The result has the strides that ``torch.cat`` gives.
+        batches: of every tensor a part, (rows of the batch, ...). rows: those of every batch, or a fixed share of them.
+        The result has the strides that ``torch.cat`` gives.
         """
         whole: list[torch.Tensor] = []
         first = 0
         for parts in batches:
-            whole = whole or [self._empty((rows, *part.shape[1:]), _cat_strides(part), part) for part in parts]
+            total = sum(rows) * len(parts[0]) // rows[0] if parts and not whole else 0
+            whole = whole or [self._empty((total, *part.shape[1:]), _cat_strides(part), part) for part in parts]
             last = first + (len(parts[0]) if parts else 0)
             for tensor, part in zip(whole, parts, strict=True):
                 tensor[first:last].copy_(part)

@@ -124,8 +124,10 @@ class _Variables:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Switch gradients on; in the end fix the rounding and switch gradients off."""
+        for layer in self.unit.layers:
+            layer.edges = self.phase.edges
         for quantizer in self.quantizers:
-            quantizer.training_grad = True
+            quantizer.training_grad, quantizer.edges = True, self.phase.edges
             quantizer.scale.requires_grad_(self.phase.lr_act is not None)
         try:
             yield

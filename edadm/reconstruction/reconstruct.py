@@ -200,7 +200,8 @@ class _Run:
         return data
 
     def _stack(self, batches: Iterator[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-        return self.cache.stack(batches, sum(len(batch[0]) for batch in self.batches))
+        # a unit may get several rows for each of the network's (PixArt's resolution, height and width apart)
+        return self.cache.stack(batches, [len(batch[0]) for batch in self.batches])
 
     def _progress(self, phase: Phase, index: int) -> Callable[[int], None] | None:
         if self.progress is None:

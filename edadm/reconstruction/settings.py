@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
+from edadm.errors import EdadmError
+
 EXCLUDED_LAYERS = ("registration", "main_path")
 LAYER_LOSS_PASSES = ("separate", "shared")
 
@@ -17,6 +19,7 @@ class Phase:
     quantized_prefix: whether temb and context come from the quantized network; if not, the main input does not either.
     input_prob: share of the elements of the main input that come from the quantized network.
     drop_prob: probability that an element inside the unit is left unquantized (QDrop).
+    edges: whether a value on a bound of its grid passes the gradient, see `edadm.quant.quantizer.quantize_ste`.
     """
 
     name: str
@@ -38,13 +41,15 @@ class Phase:
     layer_loss_weight: float = 0.0
     layer_loss_pass: str = "shared"
     excluded_layer: str = "main_path"
+    edges: bool = False
 
     def __post_init__(self) -> None:
         _one_of("layer_loss_pass", self.layer_loss_pass, LAYER_LOSS_PASSES)
         _one_of("excluded_layer", self.excluded_layer, EXCLUDED_LAYERS)
         for name in ("iterations", "batch"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} of phase {self.name} is {getattr(self, name)}: it must be at least 1")
+                raise EdadmError(f"{name} of phase {self.name} is {getattr(self, name)}: it must be at least 1")
+        _shares(input_prob=self.input_prob, drop_prob=self.drop_prob, warmup=self.warmup)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,11 @@ class Joint:
     beta_start: float = 20.0
     beta_end: float = 2.0
     warmup: float = 0.2
+    edges: bool = False
     version: int = 1
+
+    def __post_init__(self) -> None:
+        _shares(input_prob=self.input_prob)
 
     def phases(self, kind: str = "block") -> tuple[Phase, ...]:
         """Return the single phase for a unit of this kind (block, layer or matmul)."""
@@ -96,6 +105,7 @@ class Joint:
                 layer_loss_weight=self.layer_loss_weight,
                 layer_loss_pass=self.layer_loss_pass,
                 excluded_layer=self.excluded_layer,
+                edges=self.edges,
             ),
         )
 
@@ -122,6 +132,7 @@ class TwoPhase:
     warmup: float = 0.2
     layer_loss_weight: float = 0.8
     excluded_layer: str = "registration"
+    edges: bool = False
     version: int = 1
 
     def phases(self, kind: str = "block") -> tuple[Phase, ...]:
@@ -140,6 +151,7 @@ class TwoPhase:
             warmup=self.warmup,
             layer_loss_weight=self.layer_loss_weight,
             excluded_layer=self.excluded_layer,
+            edges=self.edges,
         )
         activations = Phase(
             "activations",
@@ -151,10 +163,17 @@ class TwoPhase:
             p=self.p_act,
             layer_loss_weight=self.layer_loss_weight,
             excluded_layer=self.excluded_layer,
+            edges=self.edges,
         )
         return weights, activations
 
 
+def _shares(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise EdadmError(f"{name} is {value}: it is a share, from 0 to 1")
+
+
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+        raise EdadmError(f"{name} is {value!r}: choose one of {', '.join(choices)}")

@@ -294,6 +294,8 @@ def test_variants_of_the_conditional_unet(changes):
     assert in_float == (
         {"class_embedding.linear_1", "class_embedding.linear_2"} if "class_embed_type" in changes else set()
     )
+    listed = {site.name for site in network.sites() if site.unit == "float"}
+    assert listed == {f"{path}.weight" for path in in_float}
 
 
 def test_pixart_with_sizes_and_flux_without_guidance():

@@ -223,3 +223,11 @@ def test_broken_model_file_is_an_error(rows, tmp_path):
     (tmp_path / io.WEIGHTS).write_bytes(b"no safetensors")
     with pytest.raises(EdadmError, match="no readable quantized model"):
         io.load(tmp_path)
+
+
+def test_ranges_that_are_set_again_forget_the_first(rows):
+    x, t = rows
+    network, fresh = quantized(rows=(10 * x, t)), quantized(rows=rows)
+    set_activation_ranges(network, MSE(), [partial(network, *rows)])
+    for again, once in zip(network.activation_quantizers, fresh.activation_quantizers, strict=True):
+        assert torch.equal(again.scale, once.scale), again.name

@@ -188,3 +188,14 @@ def test_weight_quantizer_rounds_to_nearest_or_as_told():
 def test_weight_quantizer_at_float_width_returns_the_weight():
     weight = tensor(5, 3)
     assert WeightQuantizer(32, "layer").hard(weight) is weight
+
+
+def test_the_gradient_of_a_scale_is_summed_in_parts_where_a_tensor_is_too_long_for_one(monkeypatch):
+    def gradient() -> float:
+        scale = torch.tensor(0.3, requires_grad=True)
+        quantize_ste(tensor(101), scale, torch.tensor(8.0), 16).square().sum().backward()
+        return scale.grad.item()
+
+    whole = gradient()
+    monkeypatch.setattr("edadm.quant.quantizer.MOST_OF_A_DOT", 10)
+    assert gradient() == pytest.approx(whole, rel=1e-5)

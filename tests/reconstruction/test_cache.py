@@ -30,7 +30,7 @@ def batches(sizes: list[int], shape: tuple[int, ...], channels_last: bool) -> li
 def test_stacked_batches_are_those_of_cat_with_its_strides(tmp_path_factory, sizes, shape, channels_last, place):
     images, times = batches(sizes, shape, channels_last), [torch.arange(size) for size in sizes]
     with Cache(place, tmp_path_factory.mktemp("cache") / "cache") as cache:
-        whole = cache.stack(zip(images, times, strict=True), sum(sizes))
+        whole = cache.stack(zip(images, times, strict=True), sizes)
         for found, parts in zip(whole, (images, times), strict=True):
             expected = torch.cat(parts)
             assert torch.equal(found, expected) and found.dtype == expected.dtype
@@ -38,7 +38,7 @@ def test_stacked_batches_are_those_of_cat_with_its_strides(tmp_path_factory, siz
 
 
 def test_batches_without_tensors_stack_to_nothing():
-    assert Cache().stack([[], []], 4) == []
+    assert Cache().stack([[], []], [2, 2]) == []
 
 
 def test_only_one_batch_is_alive_while_batches_are_stacked():
@@ -52,7 +52,7 @@ def test_only_one_batch_is_alive_while_batches_are_stacked():
             yield [part]
             del part
 
-    (whole,) = Cache("host").stack(made(), 6)
+    (whole,) = Cache("host").stack(made(), [2, 2, 2])
     assert whole.sum() == 12
 
 
@@ -95,3 +95,8 @@ def test_impossible_places_are_errors():
         Cache("tape")
     with pytest.raises(ValueError, match="needs a folder"):
         Cache("disk")
+
+
+def test_a_unit_may_have_several_rows_for_each_of_the_calibration_set():
+    (whole,) = Cache().stack([[torch.arange(6)], [torch.arange(2)]], [3, 1])
+    assert whole.tolist() == [0, 1, 2, 3, 4, 5, 0, 1]

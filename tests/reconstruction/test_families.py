@@ -135,3 +135,29 @@ def test_rows_of_another_number_are_named():
         EdadmError, match=r"unit \S+transformer_blocks\.0 gets tensors of shapes \(3, 16, 16\), \(1, 4, 6\)"
     ):
         reconstruct(network, (inputs, torch.ones(3)), JOINT, "block", seeded(0))
+
+
+def test_a_unit_that_sees_height_and_width_apart_is_reconstructed():
+    from diffusers import PixArtTransformer2DModel
+
+    sized = PixArtTransformer2DModel(
+        2, 6, num_layers=1, cross_attention_dim=12, in_channels=2, out_channels=4, sample_size=8, caption_channels=5,
+        use_additional_conditions=True,
+    )  # fmt: skip
+    whole = sized.forward
+
+    def forward(x, timestep, encoder_hidden_states, resolution, aspect_ratio):
+        added = {"resolution": resolution, "aspect_ratio": aspect_ratio}
+        named = {"encoder_hidden_states": encoder_hidden_states, "added_cond_kwargs": added}
+        return whole(x, timestep=timestep, return_dict=False, **named)
+
+    sized.forward = forward
+    network, seen = QuantModel.wrap(sized, Bits(8, 8)), {}
+    shapes = ((2, 8, 8), (), (3, 5), (2,), (1,))
+    rows = [torch.rand(ROWS, *shape) for shape in shapes]
+    set_weight_ranges(network, MinMax())
+    set_activation_ranges(network, MinMax(), [lambda: network(*rows)])
+    observe = lambda step: seen.update({step.unit.name: len(step.data.target)})
+    reconstruct(network, rows, JOINT, "fbr", seeded(0), rows_per_pass=PASS, observe=observe)
+    assert seen["adaln_single.emb.resolution_embedder.linear_1"] == 2 * ROWS
+    assert set(seen.values()) == {ROWS, 2 * ROWS}

@@ -141,3 +141,12 @@ def test_floating_point_parts_are_not_trained(make_unit, bits):
     report = reconstruct_unit(unit, data, phase, RandomSource(0))
     assert report.iterations == (0 if bits == Bits(32, 32) else 30)
     assert (report.undecided is None) == (bits.weight == 32)
+
+
+def test_values_on_a_bound_pass_the_gradient_where_the_phase_says_so(make_unit):
+    ends = []
+    for edges in (False, True):
+        (phase,) = replace(JOINT, edges=edges, lr_act=1e-2).phases()
+        unit, _ = run(make_unit, phase)
+        ends.append(unit_state(unit))
+    assert any(not torch.equal(ends[0][key], ends[1][key]) for key in ends[0])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from edadm.errors import EdadmError
 from edadm.reconstruction.settings import Joint, TwoPhase
 
 
@@ -24,8 +25,10 @@ def test_two_phases_train_rounding_then_scales():
         ({"excluded_layer": "first"}, "excluded_layer is 'first': choose one of registration, main_path"),
         ({"layer_loss_pass": "both"}, "layer_loss_pass is 'both': choose one of separate, shared"),
         ({"iterations": 0}, "iterations of phase joint is 0"),
+        ({"input_prob": 3}, "input_prob is 3: it is a share, from 0 to 1"),
+        ({"drop_prob": -0.5}, "drop_prob is -0.5"),
     ],
 )
 def test_impossible_settings_are_named(wrong, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(EdadmError, match=message):
         Joint(**{"iterations": 1, "lr_weight": 0.1, "lr_act": 0.1} | wrong).phases()
