@@ -24,15 +24,16 @@ from edadm.metrics.inception_network import RELEASE_SHA256, find_weights
 from edadm.metrics.registry import INCEPTION, METRICS, PROMPTED, TINY
 from edadm.parts import Key, build_guidance, build_part, build_sampler, identity
 from edadm.prompts import Prompted, check_prompts, read_prompts
+from edadm.quant import io
 from edadm.quant.network import Bits, SitePlan
 from edadm.reconstruction.settings import Joint, TwoPhase
 from edadm.sampling.guidance import Guidance
 from edadm.sampling.interface import DiffusionSampler
-from edadm.sampling.noise import EVALUATION
+from edadm.sampling.noise import CALIBRATION, EVALUATION
 from edadm.store import Store, content_hash, file_sha256
 from edadm.tasks.base import Decoder, Task
 
-VERSION = 1  # of the way the stages call the parts
+VERSION = 2  # of the way the stages call the parts
 ROWS_PER_PASS = 32  # calibration rows in one forward pass of the network
 
 
@@ -167,7 +168,7 @@ class Run:
         }
         if self.feature_batches is not None:
             key |= {"feature_batches": self.feature_batches}
-        return key | _guidance_key(self.calibration_guidance)
+        return key | _guidance_key(self.calibration_guidance, CALIBRATION)
 
     @property
     def feature(self) -> str:
@@ -197,7 +198,7 @@ class Run:
     def quantized_key(self) -> Key:
         """The quantized network."""
         if self.loaded:
-            return {"stages": VERSION, "loaded": _folder_sha256(self.loaded)}
+            return {"stages": VERSION, "loaded": [file_sha256(path) for path in io.files(self.loaded)]}
         key = self._base | {
             "calibration": self.hash_of("calibration"),
             "bits": dataclasses.asdict(self.bits),
@@ -226,7 +227,7 @@ class Run:
             "chunk": self.settings["chunk"],
             "precision": self.settings["precision"],
             "seed": self.settings["evaluation_seed"],
-            **_guidance_key(self.guidance),
+            **_guidance_key(self.guidance, EVALUATION),
             **_decoder_key(self.task.decoder),
         }
 
@@ -236,8 +237,9 @@ class Run:
         return self._base | {
             "sampler": identity(self.sampler),
             "n": self.settings["metrics.sqnr_rows"],
+            "chunk": self.settings["chunk"],
             "seed": self.settings["evaluation_seed"],
-            **_guidance_key(self.guidance),
+            **_guidance_key(self.guidance, EVALUATION),
         }
 
     @cached_property
@@ -250,7 +252,7 @@ class Run:
         """The scores."""
         return self.protocol | {
             "images": self.hash_of("images"),
-            "sqnr": self.hash_of("sqnr") if self.has_network else None,
+            "sqnr": self.hash_of("sqnr") if self.compares_steps else None,
             "metrics": {name: METRICS[name].version for name in self.metrics},
             "bootstrap": self.settings["metrics.bootstrap"],
         }
@@ -262,9 +264,10 @@ class Run:
             "sampler": identity(self.sampler),
             "evaluation_seed": self.settings["evaluation_seed"],
             "chunk": self.settings["chunk"],
-            "sqnr_rows": self.settings["metrics.sqnr_rows"],
+            **({"sqnr_rows": self.settings["metrics.sqnr_rows"]} if "sqnr" in self.metrics else {}),
             "checkpoint": self.task.sha256(),
-            **_guidance_key(self.guidance),
+            "shape": self.task.sample_shape,
+            **_guidance_key(self.guidance, EVALUATION),
             **({"tiny": self._tiny_identity()} if self.needs_tiny else {}),
             **({"inception": self._inception_identity()} if self.needs_inception else {}),
             **({"crop": self.crop} if self.crop else {}),
@@ -345,17 +348,23 @@ class Run:
         return not (self.is_full_precision or self.images_folder)
 
     @property
+    def compares_steps(self) -> bool:
+        """Say whether noise predictions are compared at every step."""
+        return self.has_network and "sqnr" in self.metrics
+
+    @property
     def tiny_reference(self) -> Path:
         """The file with the reference statistics of the embedded proxies."""
         return _path(self.settings["metrics.reference"]) or tiny.REFERENCE
 
     @cached_property
     def _base(self) -> Key:
-        return {"stages": VERSION, "model": self.task.sha256(), "threads": self.threads}
+        key = {"stages": VERSION, "model": self.task.sha256(), "shape": self.task.sample_shape, "threads": self.threads}
+        return key | ({"tf32": True} if self.settings["tf32"] else {})
 
 
-def _guidance_key(guidance: Guidance | None) -> Key:
-    return {} if guidance is None else {"guidance": guidance.identity()}
+def _guidance_key(guidance: Guidance | None, stream: str) -> Key:
+    return {} if guidance is None else {"guidance": guidance.identity(stream)}
 
 
 def _decoder_key(decoder: Decoder | None) -> Key:

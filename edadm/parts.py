@@ -35,14 +35,14 @@ def build_part(part: Mapping[str, Any]) -> Any:
 
 
 def identity(part: Any) -> Key:
-    """Return what a part contributes to a key: its class, its version and its numbers.
+    """Return what a part contributes to a key: its class and where that is defined, its version and its numbers.
 
     What a sampler's network predicts is named where it is not noise.
     """
     numbers = dataclasses.asdict(part)
     if numbers.get("prediction_type") == NOISE:
         del numbers["prediction_type"]
-    return {"part": type(part).__name__, "version": part.version, **numbers}
+    return {"part": f"{type(part).__module__}.{type(part).__qualname__}", "version": part.version, **numbers}
 
 
 def build_sampler(part: Mapping[str, Any], task: Task) -> DiffusionSampler:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from baselines import ptq4dm
 from edadm import config
 from edadm.errors import EdadmError
 from edadm.keys import Run
@@ -14,6 +15,7 @@ from edadm.sampling.guidance import ClassConditions
 from edadm.sampling.interface import DiffusionSampler
 from edadm.store import Store
 from edadm.tasks.cifar10_tiny import cifar10_tiny
+from edadm.tasks.released import as_released
 
 SAMPLERS = [name for name in config.options("sampler") if name not in ("flow_euler", "own")]  # which have no betas
 
@@ -32,7 +34,13 @@ def test_the_samplers_of_cifar10_keep_their_identity():
     numbers = {"steps": 20, "eta": 0.0, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
     for spacing in ("quad", "uniform"):
         made = identity(run_of(f"sampler=ddim_{spacing}").sampler)
-        assert made == {"part": "Sampler", "version": 1, "spacing": spacing, "train_steps": 1000, **numbers}
+        assert made == {
+            "part": "edadm.sampling.ddim.Sampler",
+            "version": 1,
+            "spacing": spacing,
+            "train_steps": 1000,
+            **numbers,
+        }
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -112,3 +120,40 @@ def test_features_of_the_first_batches_only_are_other_trajectories():
     plain, first = run_of(), run_of("+recipe.tdac.feature_batches=1")
     assert (plain.feature_batches, first.feature_batches) == (None, 1)
     assert plain.hash_of("trajectories") != first.hash_of("trajectories")
+
+
+def test_the_shape_of_a_sample_tells_runs_apart():
+    small, large = run_of(), run_of(sample_shape=(3, 64, 64))
+    for key in ("trajectories", "calibration", "quantized", "images", "evaluation", "metrics"):
+        assert small.hash_of(key) != large.hash_of(key)
+    assert small.hash != large.hash and small.protocol != large.protocol
+
+
+def test_a_part_is_known_by_its_class_and_where_that_is_defined():
+    @dataclasses.dataclass(frozen=True)
+    class Normal:
+        mean: float = 0.4
+        std: float = 0.4
+        version: int = 1
+
+    assert identity(Normal())["part"] != identity(ptq4dm.Normal())["part"] == "baselines.ptq4dm.Normal"
+
+
+def test_what_only_calibration_depends_on_leaves_the_images_alone():
+    conditions = ClassConditions(10, 10)
+    choices = [as_released(conditions, choice, 1234) for choice in ("disjoint", "released")]
+    own, released = (run_of(conditions=lambda made=made: made) for made in choices)
+    assert own.hash_of("trajectories") != released.hash_of("trajectories")
+    assert own.hash_of("evaluation") == released.hash_of("evaluation") and own.protocol == released.protocol
+
+
+def test_steps_are_compared_where_that_is_asked_for():
+    without = ("metrics.names=[psnr]",)
+    assert run_of(*without).hash == run_of(*without, "metrics.sqnr_rows=7").hash
+    assert run_of().hash != run_of("metrics.sqnr_rows=7").hash
+    assert run_of().compares_steps and not run_of(*without).compares_steps and not run_of("method=fp").compares_steps
+
+
+def test_tf32_is_part_of_every_key_where_it_is_on():
+    assert run_of("tf32=true").hash_of("trajectories") != run_of().hash_of("trajectories")
+    assert "tf32" not in run_of().key("trajectories")

@@ -86,7 +86,7 @@ def test_the_method_of_the_readme_composes_and_selects_its_rows() -> None:
     part = build_part(values["calibration"])
     members = [name for name in (*RowSampler.__annotations__, *vars(RowSampler)) if not name.startswith("_")]
     assert all(hasattr(part, name) for name in members)
-    assert identity(part) == {"part": "LowNoise", "version": 1, "share": 0.5}
+    assert identity(part) == {"part": "baselines.low_noise.LowNoise", "version": 1, "share": 0.5}
     trajectories = Trajectories(torch.rand(6, 32, 3, 4, 4), torch.arange(6).flip(0))
     rows, diagnostics = part.select(trajectories, 32, numpy_rng(SELECTION, 0))
     assert set(rows.step.tolist()) == {3, 4, 5} and sum(diagnostics["counts"]) == 32

@@ -167,14 +167,18 @@ def _follow(
 
 @contextmanager
 def _captured(denoise: Callable[..., Any], name: str | None) -> Iterator[Callable[[], Tensor] | None]:
-    """Yield a function that returns the last output of the named submodule (float32), or None without a name."""
+    """Yield a function that returns the last output of the named submodule, or None without a name.
+
+    A feature is float32 (B, C, ...), channels after the rows also where the module returns tokens (B, N, C).
+    """
     if name is None:
         yield None
         return
     last: list[Tensor] = []
 
     def keep(module: nn.Module, args: object, output: object) -> None:
-        last[:] = [unwrap(output).to("cpu", torch.float32, copy=True)]  # later layers may work in place
+        feature = unwrap(output).to("cpu", torch.float32, copy=True)  # later layers may work in place
+        last[:] = [feature.transpose(1, 2) if feature.ndim == 3 else feature]
 
     def read() -> Tensor:
         if not last:

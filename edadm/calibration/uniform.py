@@ -27,8 +27,8 @@ class Uniform:
     needs_features: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise EdadmError(f"TSC cannot take rows at {self.steps} steps: choose at least 1")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise EdadmError(f"TSC cannot take rows at {self.steps} steps: choose a whole number of at least 1")
 
     def chosen(self, steps: int) -> range:
         """Return the network calls, out of ``steps``, that give rows."""

@@ -30,8 +30,8 @@ class Conditions(Protocol):
         A row depends on (stream, seed, its number) only, as the noise does.
         """
 
-    def identity(self) -> dict[str, Any]:
-        """Return what tells these conditions from others, as JSON-like data for the keys of stages."""
+    def identity(self, stream: str) -> dict[str, Any]:
+        """Return what tells the conditions of a stream from others, as JSON-like data for the keys of stages."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Guidance:
         """The null condition where it is used, one row."""
         return self.conditions.null if self.guides else None
 
-    def identity(self) -> dict[str, Any]:
-        """Return what guidance contributes to a key."""
-        return {"conditions": self.conditions.identity(), "scale": self.scale, "channels": self.channels}
+    def identity(self, stream: str) -> dict[str, Any]:
+        """Return what guidance contributes to the key of what is sampled with conditions of a stream."""
+        return {"conditions": self.conditions.identity(stream), "scale": self.scale, "channels": self.channels}
 
 
 def denoise_for(
@@ -166,8 +166,8 @@ class ClassConditions:
             return {"class_labels": labels}
         return {"encoder_hidden_states": self.embedding[labels][:, None]}
 
-    def identity(self) -> dict[str, Any]:
-        """Return the class and its numbers; the embedding belongs to the checkpoint."""
+    def identity(self, stream: str) -> dict[str, Any]:
+        """Return the class and its numbers, the same for every stream; the embedding belongs to the checkpoint."""
         return {
             "part": type(self).__name__,
             "version": 1,

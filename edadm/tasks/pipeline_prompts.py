@@ -45,10 +45,10 @@ class PipelinePrompts(TextConditions):
         shared = {name: row.expand(len(texts), *row.shape[1:]) for name, row in self.shared.items()}
         return {**encode(texts, negative), **shared}
 
-    def identity(self) -> dict[str, Any]:
-        """Return the class, the prompts and the shared conditions; the text encoders belong to the checkpoint."""
+    def identity(self, stream: str) -> dict[str, Any]:
+        """Return the class, the prompts of a stream and what all rows share; the text encoders are the checkpoint's."""
         shared = {name: row.flatten().tolist() for name, row in self.shared.items()}
-        return super().identity() | ({"shared": shared} if shared else {})
+        return super().identity(stream) | ({"shared": shared} if shared else {})
 
 
 @torch.no_grad()

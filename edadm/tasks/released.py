@@ -37,9 +37,11 @@ class FirstOfEvaluation:
     def _of(self, stream: str, seed: int) -> tuple[str, int]:
         return (EVALUATION, self.evaluation_seed) if stream == CALIBRATION else (stream, seed)
 
-    def identity(self) -> dict[str, Any]:
-        """Return what tells these conditions from others."""
-        return self.own.identity() | {"calibration": "released", "evaluation_seed": self.evaluation_seed}
+    def identity(self, stream: str) -> dict[str, Any]:
+        """Return what tells the conditions of a stream from others; those of other streams are the own ones."""
+        if stream != CALIBRATION:
+            return self.own.identity(stream)
+        return self.own.identity(EVALUATION) | {"calibration": "released", "evaluation_seed": self.evaluation_seed}
 
 
 def as_released(own: Conditions, choice: str, evaluation_seed: int) -> Conditions:

@@ -92,10 +92,10 @@ class TextConditions:
         order = numpy_rng(f"{stream}/prompts", seed).permutation(len(self.calibration))
         return [self.calibration[order[number % len(order)]] for number in numbers]
 
-    def identity(self) -> dict[str, Any]:
-        """Return the class and the prompts; the text encoder belongs to the checkpoint."""
-        texts = {"evaluated": list(self.evaluated), "calibration": list(self.calibration)}
-        return {"part": type(self).__name__, "version": 1, "prompts": content_hash(texts)}
+    def identity(self, stream: str) -> dict[str, Any]:
+        """Return the class and the prompts of a stream; the text encoder belongs to the checkpoint."""
+        texts = self.calibration if stream == CALIBRATION else self.evaluated
+        return {"part": type(self).__name__, "version": 1, "prompts": content_hash(list(texts))}
 
 
 # CLIP ViT-L/14's text model, the encoder of Stable Diffusion v1

@@ -191,3 +191,21 @@ def test_guided_trajectories_come_back_from_a_file(tmp_path):
     loaded = Trajectories.load(made.save(tmp_path / "t.safetensors"))
     assert torch.equal(loaded.features, made.features) and loaded.null.keys() == made.null.keys()
     assert torch.equal(loaded.condition["class_labels"], made.condition["class_labels"])
+
+
+def test_features_of_tokens_have_their_channels_behind_the_rows():
+    class Tokens(nn.Module):
+        def forward(self, x):
+            return x.flatten(2).transpose(1, 2)  # (B, 16, 3)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.middle = Tokens()
+
+        def forward(self, x, timestep):
+            self.middle(x)
+            return (torch.zeros_like(x),)
+
+    made = collect(Network(), SAMPLER, 2, shape=SHAPE, seed=0, feature_module="middle")
+    assert torch.equal(made.features, made.x.flatten(3))

@@ -9,6 +9,7 @@ from torch import nn
 
 from edadm import config, experiment, records
 from edadm.metrics import clip_tiny
+from edadm.sampling.noise import EVALUATION
 from tests.tasks.narrow_latent import FOLDERS, autoencoder_folder
 
 SMALL = (
@@ -32,7 +33,8 @@ def test_a_task_runs_from_calibration_to_metrics(name: str, tmp_path: Path, monk
     ]  # fmt: skip
     run = experiment.prepare(config.settings(config.compose(words), words))
     assert run.guidance is not None and run.guidance.guides
-    assert run.calibration_guidance is not None and run.calibration_guidance.identity() == run.guidance.identity()
+    assert run.calibration_guidance is not None
+    assert run.calibration_guidance.identity(EVALUATION) == run.guidance.identity(EVALUATION)
     record = records.read(experiment.execute(run))
     assert record.status == "ok" and record.variant["profile.rows"] == 4
     assert record.metrics["sqnr"]["value"] > 0 and record.metrics["is_tiny"]["value"] >= 1

@@ -131,7 +131,7 @@ def test_as_many_images_of_every_class_in_an_order_of_its_own():
 def test_labels_are_pinned():
     """Other labels mean other images for every record."""
     assert CLASSES.labels(EVALUATION, 1234, range(10)).tolist() == [6, 2, 9, 7, 8, 3, 1, 5, 0, 4]
-    assert CLASSES.identity()["version"] == 1
+    assert CLASSES.identity(EVALUATION)["version"] == 1
 
 
 def test_a_label_may_be_a_token_of_an_embedding():
@@ -147,4 +147,4 @@ def test_a_label_may_be_a_token_of_an_embedding():
 
 def test_identity_tells_conditions_and_scales_apart():
     made = [Guidance(CLASSES), Guidance(CLASSES, 2.0), Guidance(CLASSES, 2.0, 3), Guidance(ClassConditions(9, 9), 2.0)]
-    assert len({str(guidance.identity()) for guidance in made}) == 4
+    assert len({str(guidance.identity(EVALUATION)) for guidance in made}) == 4

@@ -133,7 +133,7 @@ def test_guidance_is_that_of_the_pipelines_call(saved: Callable[[str], Path], pr
     assert strong.own.embeds_guidance
     row = strong.conditions().rows(EVALUATION, SEED, [0, 1])["guidance"]
     assert row.tolist() == [2.0, 2.0]
-    assert strong.conditions().identity() != task_of(saved, "flux", prompts).conditions().identity()
+    assert strong.conditions().identity(EVALUATION) != task_of(saved, "flux", prompts).conditions().identity(EVALUATION)
 
 
 def test_calibration_prompts_are_no_evaluated_ones(saved: Callable[[str], Path], prompts: str) -> None:

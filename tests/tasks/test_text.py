@@ -73,7 +73,8 @@ def test_the_released_choice_calibrates_with_the_first_that_are_evaluated(lines:
     first = own.rows(EVALUATION, 1234, range(6))["class_labels"]
     assert torch.equal(labels.rows(CALIBRATION, 7, range(6))["class_labels"], first)
     assert not torch.equal(own.rows(CALIBRATION, 7, range(6))["class_labels"], first)
-    assert labels.identity() != own.identity()
+    assert labels.identity(CALIBRATION) != own.identity(CALIBRATION)
+    assert labels.identity(EVALUATION) == own.identity(EVALUATION)
     with pytest.raises(EdadmError, match="disjoint or released"):
         as_released(own, "both", 1234)
 
