@@ -24,6 +24,7 @@ from edadm.store import write_atomically
 logger = logging.getLogger(__name__)
 
 ACTIVE = "running"
+SIGN_EVERY = 60.0  # seconds between two signs of life of a stage
 SILENT_AFTER = 1800.0  # seconds without news after which a run on another host counts as killed
 
 
@@ -79,13 +80,25 @@ def start_run(results_dir: Path, hash: str, label: str, sweep: str | None = None
     _write(_path(results_dir, hash), dataclasses.asdict(run))
 
 
-def update_run(results_dir: Path, hash: str, stage: str, artefacts: Mapping[str, str] | None = None) -> None:
-    """Announce the stage a run is in and the artefacts (stage to hash) it has used so far, which gc then keeps."""
+def update_run(
+    results_dir: Path, hash: str, stage: str | None = None, artefacts: Mapping[str, str] | None = None
+) -> None:
+    """Announce that a run lives, its stage and the artefacts (stage to hash) it has used, which gc then keeps."""
     run = read_run(results_dir, hash)
     if run is not None:
         known = run.artefacts | dict(artefacts or {})
-        changed = dataclasses.replace(run, stage=stage, updated=time.time(), artefacts=known)
+        changed = dataclasses.replace(run, stage=stage or run.stage, updated=time.time(), artefacts=known)
         _write(_path(results_dir, hash), dataclasses.asdict(changed))
+
+
+def show_life(results_dir: Path, hash: str) -> None:
+    """Announce that a run is alive if its last news is old, for a stage that takes long."""
+    try:
+        age = time.time() - _path(results_dir, hash).stat().st_mtime
+    except OSError:
+        return
+    if age > SIGN_EVERY:
+        update_run(results_dir, hash)
 
 
 def finish_run(results_dir: Path, hash: str, state: str, error: str | None = None) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edadm import memory
+from edadm import journal, memory
 from edadm.calibration.rows import CalibrationSet
 from edadm.calibration.trajectories import Trajectories, collect
 from edadm.keys import ROWS_PER_PASS, Run
@@ -41,14 +40,16 @@ from edadm.sampling.generate import generate_chunks, sampler_noise
 from edadm.sampling.guidance import denoise_for
 from edadm.sampling.interface import split_variance, unwrap
 from edadm.sampling.noise import EVALUATION, SELECTION, noise, numpy_rng
-from edadm.store import atomic_file, write_atomically
+from edadm.store import SCRATCH, atomic_file, write_atomically
 from edadm.tasks.base import noise_prediction
 
 logger = logging.getLogger(__name__)
 
 TRAJECTORIES, CALIBRATION = "trajectories.safetensors", "calibration.safetensors"
 IMAGES, ALONG, SQNR, KEPT = "images.npy", "evaluation.npz", "sqnr.npz", "kept.npz"
-UNITS, REPORTS, CACHE, CHUNKS, ELAPSED = "units", "reports.json", "cache", "chunks", "elapsed"
+REPORTS = "reports.json"
+# what a killed stage goes on from
+UNITS, CACHE, CHUNKS, ELAPSED = (f"{SCRATCH}/{name}" for name in ("units", "cache", "chunks", "elapsed"))
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,16 @@ def stage(run: Run, key: str, build: Build, name: str = "") -> Result:
     reused = run.store.find(key, run.key(key)) is not None
 
     def measured(folder: Path) -> dict[str, Any]:
-        with Meter(run.device, folder / ELAPSED) as meter, Progress(run.settings.label, meter.note) as progress:
+        (folder / SCRATCH).mkdir(exist_ok=True)
+        journal.update_run(run.results, run.hash, name)
+        meter = Meter(run.device, folder / ELAPSED)
+
+        def pulse() -> None:
+            meter.note()
+            journal.show_life(run.results, run.hash)
+
+        with meter, Progress(run.settings.label, pulse) as progress:
             notes = build(folder, progress)
-        (folder / ELAPSED).unlink(missing_ok=True)
         return {"seconds": meter.seconds, "peak_memory_mib": meter.peak_memory_mib, "notes": dict(notes or {})}
 
     folder = run.store.fetch(key, run.key(key), measured, label=run.settings.label, resume=True)
@@ -147,7 +155,6 @@ def quantized(run: Run, calibrated: Result) -> Result:
             _reconstruct(run, network, rows, folder, set_ranges, progress)
         facts = {"task": run.task.name, "method": run.settings["method"], "variant": dict(run.settings.variant)}
         io.save(network, folder, **facts, seed=run.settings["seed"])
-        shutil.rmtree(folder / UNITS, ignore_errors=True)
         return {"sites": [dataclasses.asdict(site) for site in network.sites()]}
 
     return stage(run, "quantized", build, "ranges" if run.optimizer is None else "reconstruction")
@@ -180,12 +187,13 @@ def _reconstruct(
     from safetensors.torch import load_file, save_file
 
     units, log = folder / UNITS, folder / REPORTS
-    reports = json.loads(log.read_text(encoding="utf-8")) if log.is_file() else []
+    known = json.loads(log.read_text(encoding="utf-8")) if log.is_file() else []
+    reports = {(report["phase"], report["unit"]): report for report in known}
 
     def keep(key: str, state: dict[str, torch.Tensor], report: UnitReport | None) -> None:
         if report is not None:
-            reports.append(dataclasses.asdict(report))
-            write_atomically(log, json.dumps(reports))
+            reports[report.phase, report.unit] = dataclasses.asdict(report)
+            write_atomically(log, json.dumps(list(reports.values())))
         with atomic_file(units / f"{key}.safetensors") as temporary:
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
 
@@ -203,7 +211,7 @@ def _reconstruct(
         on_unit=keep,
         progress=progress,
         rows_per_pass=ROWS_PER_PASS,
-        cache=Cache(memory.need_of_network(run, network, inputs, names).place, folder / CACHE),
+        cache=Cache(memory.need_of_network(run, network, inputs, names, len(x)).place, folder / CACHE),
         names=names,
     )
 
@@ -235,7 +243,6 @@ def images(run: Run, network: Result | None) -> Result:
         with writing_file(folder / IMAGES, n_images) as append:
             for part in made:
                 append(part)
-        shutil.rmtree(folder / CHUNKS, ignore_errors=True)
 
     return stage(run, "images", build, "sampling")
 
@@ -260,24 +267,22 @@ def evaluation(run: Run) -> Result:
     """Sample the full-precision trajectories of the first evaluated images, on which every network is compared."""
 
     def build(folder: Path, progress: Progress) -> None:
-        timesteps, numbers = run.sampler.timesteps, range(run.settings["metrics.sqnr_rows"])
-        inputs: list[torch.Tensor] = []
-        outputs: list[torch.Tensor] = []
-
-        def record(k: int, t: float, x: torch.Tensor, eps: torch.Tensor) -> None:
-            inputs.append(x.cpu())
-            outputs.append(eps.cpu())
-            progress("evaluation trajectories", k + 1, len(timesteps))
-
-        seed, shape = run.settings["evaluation_seed"], run.task.sample_shape
-        x = noise(EVALUATION, seed, numbers, shape).to(run.device)
-        step_noise = sampler_noise(EVALUATION, seed, numbers, shape, torch.device(run.device))
+        sampler, seed, shape = run.sampler, run.settings["evaluation_seed"], run.task.sample_shape
+        n, calls = run.settings["metrics.sqnr_rows"], len(sampler.timesteps)
+        x = torch.empty(calls, n, *shape)
+        eps = torch.empty_like(x)
         denoise = noise_prediction(_for_inference(run.task.denoiser(run.device)))
-        bound = denoise_for(denoise, run.guidance, EVALUATION, seed, numbers, run.device)
-        run.sampler.run(bound, x, step_noise, observe=record)
-        _save_arrays(
-            folder / ALONG, timesteps=timesteps, x=torch.stack(inputs).numpy(), eps=torch.stack(outputs).numpy()
-        )
+
+        def record(rows: range, k: int, t: float, x_t: torch.Tensor, output: torch.Tensor) -> None:
+            x[k, rows.start : rows.stop], eps[k, rows.start : rows.stop] = x_t.cpu(), output.cpu()
+            progress("evaluation trajectories", calls * rows.start + (k + 1) * len(rows), calls * n)
+
+        for rows in _chunks(n, run.settings["chunk"]):
+            start = noise(EVALUATION, seed, rows, shape).to(run.device)
+            step_noise = sampler_noise(EVALUATION, seed, rows, shape, torch.device(run.device))
+            bound = denoise_for(denoise, run.guidance, EVALUATION, seed, rows, run.device)
+            sampler.run(bound, start, step_noise, observe=partial(record, rows))
+        _save_arrays(folder / ALONG, timesteps=sampler.timesteps, x=x.numpy(), eps=eps.numpy())
 
     return stage(run, "evaluation", build)
 
@@ -288,20 +293,43 @@ def sqnr(run: Run, network: Result | None, along: Result) -> Result:
     def build(folder: Path, progress: Progress) -> None:
         with np.load(along.folder / ALONG, allow_pickle=False) as file:
             timesteps, x, eps = file["timesteps"].tolist(), torch.from_numpy(file["x"]), torch.from_numpy(file["eps"])
-        full_precision = iter(eps.to(run.device))  # one entry per step, and all rows of a step are one batch
-        network_call, numbers = noise_prediction(load_network(run, network)), range(x.shape[1])
-        seed, channels = run.settings["evaluation_seed"], x.shape[2]
-        bound = denoise_for(network_call, run.guidance, EVALUATION, seed, numbers, run.device)
-
-        def quantized_network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return split_variance(unwrap(bound(x_t, t)), channels)[0]
-
-        measured = sqnr_per_step(
-            lambda x_t, t: next(full_precision), quantized_network, x, timesteps, batch=x.shape[1], device=run.device
-        )
-        _save_arrays(folder / SQNR, timesteps=measured.timesteps, signal=measured.signal, error=measured.error)
+        denoise, n = noise_prediction(load_network(run, network)), x.shape[1]
+        parts = [_sqnr_of(run, denoise, timesteps, x, eps, rows) for rows in _chunks(n, run.settings["chunk"])]
+        signal, error = (np.concatenate([getattr(part, name) for part in parts], 1) for name in ("signal", "error"))
+        _save_arrays(folder / SQNR, timesteps=parts[0].timesteps, signal=signal, error=error)
 
     return stage(run, "sqnr", build)
+
+
+def _sqnr_of(
+    run: Run,
+    denoise: Callable[..., torch.Tensor],
+    timesteps: Sequence[float],
+    x: torch.Tensor,
+    eps: torch.Tensor,
+    rows: range,
+) -> StepSQNR:
+    """Compare a network with the full-precision noise eps (T, N, C, H, W) at x of the same shape, for some rows."""
+    seed, channels, part = run.settings["evaluation_seed"], x.shape[2], slice(rows.start, rows.stop)
+    bound = denoise_for(denoise, run.guidance, EVALUATION, seed, rows, run.device)
+    full_precision = iter(eps[:, part].to(run.device))  # one entry per step, and all rows of it are one batch
+
+    def quantized_network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return split_variance(unwrap(bound(x_t, t)), channels)[0]
+
+    return sqnr_per_step(
+        lambda x_t, t: next(full_precision),
+        quantized_network,
+        x[:, part],
+        timesteps,
+        batch=len(rows),
+        device=run.device,
+    )
+
+
+def _chunks(n: int, size: int) -> list[range]:
+    """Cut the first n image numbers into chunks, as images are sampled; the last may be shorter."""
+    return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def _save_arrays(path: Path, **arrays: Any) -> None:

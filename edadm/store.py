@@ -34,6 +34,7 @@ MANIFEST = "manifest.json"
 SCHEMA = 1
 _TEMPORARY = ".tmp-"
 _PARTIAL = ".partial"
+SCRATCH = "scratch"  # the folder of a build for what only a resumed build needs; no part of the artefact
 _verified: set[Path] = set()
 
 
@@ -187,8 +188,9 @@ class Store:
 
         build writes its files into the folder it is given; what it returns (a JSON-like mapping or None) is kept as
         ``info`` in the manifest. With resume, the folder is the workspace of this key and holds what a killed
-        or failed build left there; otherwise it is empty. One process builds, others wait for it. An artefact is
-        checked against its manifest once per process and rebuilt with a warning if it is broken.
+        or failed build left there, with SCRATCH until the artefact is in place; otherwise it is empty. One process
+        builds, others wait for it. An artefact is checked against its manifest once per process and rebuilt with a
+        warning if it is broken.
         Raises EdadmError when the store cannot be written or the disk is full.
         """
         folder = self.path(stage, key)
@@ -258,6 +260,7 @@ class Store:
                 _seal(work, manifest)
                 os.replace(work, folder)
                 _fsync(folder.parent)
+            shutil.rmtree(folder / SCRATCH, ignore_errors=True)
         except BaseException as error:
             if not resume:
                 shutil.rmtree(work, ignore_errors=True)
@@ -312,9 +315,11 @@ def defect(folder: Path) -> str | None:
 
 
 def _seal(work: Path, manifest: dict[str, Any]) -> None:
-    """Drop temporary files, sync the others to disk and write the manifest."""
+    """Drop temporary files, sync the others to disk and write the manifest; SCRATCH is left alone."""
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(work.rglob("*")):
+        if path.relative_to(work).parts[0] == SCRATCH:
+            continue
         if path.name.startswith(_TEMPORARY):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif path.is_dir():

@@ -56,6 +56,22 @@ def test_another_process_with_the_same_number_is_not_the_run(tmp_path: Path) -> 
     assert dataclasses.replace(run, process_start="1").current_state == "killed"
 
 
+def test_a_stage_that_takes_long_shows_that_it_lives_now_and_then(tmp_path: Path) -> None:
+    start_run(tmp_path, HASH, "x")
+    update_run(tmp_path, HASH, "sampling")
+    before = read_run(tmp_path, HASH)
+    journal.show_life(tmp_path, HASH)
+    assert read_run(tmp_path, HASH) == before
+    path = tmp_path / ".runs" / f"{HASH}.json"
+    os.utime(path, (0, time.time() - journal.SIGN_EVERY - 1))
+    journal.show_life(tmp_path, HASH)
+    after = read_run(tmp_path, HASH)
+    assert before is not None and after is not None
+    assert after.updated > before.updated and after.stage == "sampling"
+    journal.show_life(tmp_path, "0" * 16)  # a run that is not announced has no journal
+    assert read_run(tmp_path, "0" * 16) is None
+
+
 def test_of_another_host_the_last_news_decide(tmp_path: Path) -> None:
     start_run(tmp_path, HASH, "x")
     run = read_run(tmp_path, HASH)

@@ -184,6 +184,10 @@ def _build(architecture: Mapping[str, Any], model: str) -> Any:
 def _tokenizer(text: Mapping[str, Any], model: str) -> Callable[[list[str]], torch.Tensor]:
     from open_clip.tokenizer import SimpleTokenizer
 
+    if name := text.get("hf_tokenizer_name"):
+        raise EdadmError(
+            f"{model} reads texts with the tokenizer {name} of another library: choose one with CLIP's own"
+        )
     own = Path(model.removeprefix(LOCAL)).expanduser() / VOCABULARY if model.startswith(LOCAL) else None
     vocabulary = {"bpe_path": str(own)} if own is not None and own.is_file() else {}
     tokenizer = SimpleTokenizer(context_length=text["context_length"], **vocabulary)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from edadm.metrics.images import (
     write_folder,
     writing_file,
 )
+from edadm.store import is_disk_full
 
 from .conftest import random_images
 
@@ -77,6 +79,18 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(EdadmError, match="cannot write"):
         write_folder(random_images(1, 8), tmp_path / "file")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is the disk that is always full")
+def test_a_full_disk_is_named_while_images_are_written(tmp_path, monkeypatch):
+    @contextmanager
+    def full(path):
+        yield Path("/dev/full")
+
+    monkeypatch.setattr("edadm.metrics.images.atomic_file", full)
+    with pytest.raises(OSError) as found, writing_file(tmp_path / "images.npy", 64) as append:
+        append(torch.zeros(64, 3, 64, 64, dtype=torch.uint8))
+    assert is_disk_full(found.value)
 
 
 def test_a_full_disk_leaves_no_partial_file(tmp_path, monkeypatch):
