@@ -107,7 +107,9 @@ def _checked(settings: Settings, job: str) -> tuple[Outcome, int]:
 
     text, complete = requirements.report(settings)
     print(text)
-    return Outcome(job, "ok"), OK if complete else REFUSED
+    if complete:
+        return Outcome(job, "ok"), OK
+    return Outcome(job, "incomplete", "something that it needs is missing: see above"), REFUSED
 
 
 def _record_failure(run: Run | None, status: str, reason: str) -> str | None:

@@ -22,6 +22,10 @@ from edadm.errors import EdadmError
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SLOTS = ("calibration", "transform", "ranges", "reconstruction", "optimization", "activation_sets", "correction")
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
+WHOLE_NUMBERS = {
+    "n_images": 0, "chunk": 1, "seed": 0, "evaluation_seed": 0, "sampler.steps": 1, "metrics.sqnr_rows": 1,
+    "metrics.bootstrap": 1, "profile.rows": 1, "profile.batch": 1, "profile.iterations": 1, "profile.range_batches": 1,
+}  # fmt: skip
 OFF = 16  # bits from which a tensor stays in floating point
 OmegaConf.register_new_resolver("share", lambda total, share: max(1, round(total * share)), replace=True)
 OmegaConf.register_new_resolver("available", lambda group, *names: available(group, names), replace=True)
@@ -163,6 +167,11 @@ def _plain(config: DictConfig) -> dict[str, Any]:
             f"method {config.method} has no published scope for diffusion models: use scope=full, "
             f"or one of the methods with one ({', '.join(_methods_with_published_scope())})"
         )
+    if config.scope.name == "published" and config.task.name not in config.published.get("tasks", [config.task.name]):
+        raise EdadmError(
+            f"the published scope of method {config.method} is that of its command for "
+            f"{', '.join(config.published.tasks)}: use scope=full for task {config.task.name}"
+        )
     try:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -186,8 +195,7 @@ def with_task_of_pair(config: DictConfig, overrides: Sequence[str]) -> DictConfi
     named = {word.lstrip("+").split("=", 1)[0] for word in overrides}
     if "task" in named or not named & {"model", "dataset"}:
         return config
-    tasks = {name: compose([f"task={name}"]) for name in options("task")}
-    pairs = {name: (task.model.name, task.dataset.name) for name, task in tasks.items()}
+    pairs = {name: _pair_of(name) for name in options("task")}
     asked = (config.model.name, config.dataset.name)
     found = [name for name, pair in pairs.items() if pair == asked]
     if not found:  # what was not named is the default task's and may give way
@@ -204,6 +212,18 @@ def with_task_of_pair(config: DictConfig, overrides: Sequence[str]) -> DictConfi
     raise Skipped(f"no task pairs model={config.model.name} with dataset={config.dataset.name}; there are: {known}")
 
 
+@lru_cache
+def _pair_of(task: str) -> tuple[str, str]:
+    """Return the names of a task's model and dataset: those its file chooses, else those of ``conf/config.yaml``."""
+    chosen: dict[str, str] = {}
+    for path in (CONF / "config.yaml", CONF / "task" / f"{task}.yaml"):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for entry in content.get("defaults", []):
+            if isinstance(entry, dict):
+                chosen |= {key.removeprefix("override /"): name for key, name in entry.items()}
+    return chosen["model"], chosen["dataset"]
+
+
 class Skipped(EdadmError):
     """The combination that was asked for does not exist; in a sweep the other jobs go on."""
 
@@ -215,14 +235,13 @@ def check(values: Mapping[str, Any]) -> None:
     _choice("precision", values["precision"], PRECISIONS)
     _choice("reconstruction.cache", values["reconstruction"].get("cache", CACHES[0]), CACHES)
     _choice("device", str(values["device"]).split(":")[0], ("auto", "cpu", "cuda"))
-    for what in ("n_images", "chunk", "profile.rows", "profile.batch", "profile.iterations", "sampler.steps"):
-        _whole_number(what, _at(values, what), least=0 if what == "n_images" else 1)
-    for what in ("seed", "evaluation_seed"):
-        _whole_number(what, values[what], least=0)
+    for what, least in WHOLE_NUMBERS.items():
+        _whole_number(what, _at(values, what), least)
     for group in ("sampler", "calibration_sampler"):
         for key, value in (values.get(group) or {}).items():
             if key not in WORDS_OF_SAMPLER and value is not None and not _is_number(value):
                 raise EdadmError(f"{group}.{key}={value}: give a number")
+    _choice("tf32", values["tf32"], (True, False), "true or false")
     if values["threads"] is not None:
         _whole_number("threads", values["threads"], least=1)
     if values["profile"]["batch"] > values["profile"]["rows"]:

@@ -71,6 +71,8 @@ def seconds_per_row(run: Run) -> float:
 
 def _seconds_per_row(run: Run, denoiser: nn.Module) -> float:
     network = noise_prediction(denoiser)
+    if run.device.startswith("cuda"):  # its start-up belongs to no pass
+        _seconds(run, network, rows=1, passes=1)
     if (once := _seconds(run, network, rows=1, passes=1)) > SLOW:
         return once
     rows = min(run.settings["chunk"], 16)

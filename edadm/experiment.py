@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,14 @@ logger = logging.getLogger(__name__)
 
 SHARED_WITH_FP = (
     "task", "model", "dataset", "sampler", "metrics", "profile", "recipe", "n_images", "chunk", "precision",
-    "evaluation_seed", "threads", "device", "results", "reference", "logger",
+    "evaluation_seed", "threads", "tf32", "device", "results", "reference", "logger", "protocol",
 )  # fmt: skip
 NOT_RECORDED = (
     "logger", "launcher", "results", "reference", "device", "check", "sites", "save_calibration_set", "recipe",
     "diagnostics",
 )  # fmt: skip
+Keep = Callable[[str, stages.Result], stages.Result]
+OWN_THREADS = torch.get_num_threads()  # of this process before a run has set its own
 ATTENTION_PRODUCTS = ("product0", "product1")  # q k^T and softmax v, as cost.measure names them
 
 
@@ -55,21 +57,35 @@ def prepare(settings: Settings, sweep: str | None = None) -> Run:
     """
     check_torchvision()
     diagnostics.check(settings["diagnostics"])
-    device = device_named(settings["device"])
-    if settings["threads"] is not None:
-        torch.set_num_threads(settings["threads"])
+    device, threads = set_machine(settings)
     task = build_part(settings["task"])
     if settings["load"]:
         settings = _of_loaded_model(settings, task)
     if settings["images"]:
         variant = {"images": settings["images"]}
         settings = dataclasses.replace(settings, values={**settings.values, "method": "images"}, variant=variant)
-    run = Run(settings, task, Store(), device, torch.get_num_threads(), sweep)
+    run = Run(settings, task, Store(), device, threads, sweep)
     if run.calibration_file:
         stages.stored_rows(run)
-    _check_writable(run.results)
+    _check_writable(run.results, f"results={run.results}", "results")
+    if settings["save_calibration_set"]:
+        _check_calibrates(run)
     logger.debug("run %s", run.hash)
     return run
+
+
+def set_machine(settings: Settings) -> tuple[str, int]:
+    """Set what torch computes with, and return the device and the number of threads.
+
+    Where the settings name no threads, those are torch's own number, whatever an earlier run of this process had. TF32
+    is off unless asked for: it halves the digits of a float32 product without a word. A GPU takes the convolutions that
+    give the same bits every time.
+    """
+    device, threads = device_named(settings["device"]), settings["threads"] or OWN_THREADS
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings["tf32"]
+    torch.backends.cudnn.deterministic = True
+    return device, threads
 
 
 def device_named(name: str) -> str:
@@ -104,15 +120,21 @@ def _of_loaded_model(settings: Settings, task: Task) -> Settings:
     return dataclasses.replace(settings, values=values, variant=saved.get("variant", {}) | {"load": str(folder)})
 
 
-def _check_writable(folder: Path) -> None:
+def _check_writable(folder: Path, what: str, word: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EdadmError(
-            f"results={folder} cannot be made: {error.strerror or error}; choose another folder"
-        ) from error
+        raise EdadmError(f"{what} cannot be made: {error.strerror or error}; choose another folder") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise EdadmError(f"results={folder} cannot be written: choose another folder with results=...")
+        raise EdadmError(f"{what} cannot be written: choose another folder with {word}=...")
+
+
+def _check_calibrates(run: Run) -> None:
+    """Raise EdadmError for a run without calibration rows of its own, or with a file for them that cannot be made."""
+    word = "save_calibration_set"
+    if run.loaded or not run.has_network:
+        raise EdadmError(f"{word}={run.settings[word]}: nothing is calibrated by {run.settings.label}, leave it out")
+    _check_writable(_calibration_target(run).parent, f"the folder of {word}={run.settings[word]}", word)
 
 
 def execute(run: Run, *, announce: bool = True) -> Path:
@@ -130,6 +152,8 @@ def _execute(run: Run, announce: bool) -> Path:
     path = records.find_finished([run.results, *run.references], run.task.name, run.hash)
     if path is not None:
         logger.info("%s: record %s is there, nothing is computed", run.settings.label, path)
+        if run.settings["save_calibration_set"]:
+            _save_calibration_set(run, calibrate(run))
         _push(run, records.read(path))
         return path
     preflight.check(run)
@@ -145,16 +169,16 @@ def _execute(run: Run, announce: bool) -> Path:
         return result
 
     if baseline is not None:
-        execute(baseline, announce=False)
+        _execute_baseline(baseline)
     network = None
     if run.has_network and not run.loaded:
-        source = None if run.calibration_file else keep("trajectories", stages.trajectories(run))
-        calibrated = keep("calibration", stages.calibration(run, source))
-        _save_calibration_set(run, calibrated)
+        calibrated = calibrate(run, keep)
+        if run.settings["save_calibration_set"]:
+            _save_calibration_set(run, calibrated)
         network = keep("quantized", stages.quantized(run, calibrated))
     sampled = keep("images", stages.images(run, network))
     steps = None
-    if run.has_network:
+    if run.compares_steps:
         along = keep("evaluation", stages.evaluation(run))
         steps = keep("sqnr", stages.sqnr(run, network, along))
     reference = None if baseline is None else stages.images(baseline, None)
@@ -164,6 +188,16 @@ def _execute(run: Run, announce: bool) -> Path:
     journal.finish_run(run.results, run.hash, "ok")
     _push(run, record)
     return path
+
+
+def _execute_baseline(baseline: Run) -> None:
+    try:
+        execute(baseline, announce=False)
+    except Exception as error:
+        journal.finish_run(
+            baseline.results, baseline.hash, "failed", str(error).splitlines()[0] if str(error) else None
+        )
+        raise
 
 
 def full_precision(run: Run) -> Run:
@@ -298,12 +332,21 @@ def _pictures(run: Run, sampled: stages.Result, reference: stages.Result | None)
     return {"grid": path.name}
 
 
+def calibrate(run: Run, keep: Keep = lambda key, result: result) -> stages.Result:
+    """Return the calibration rows of a run, from trajectories or the user's file; keep: is told of every stage."""
+    source = None if run.calibration_file else keep("trajectories", stages.trajectories(run))
+    return keep("calibration", stages.calibration(run, source))
+
+
+def _calibration_target(run: Run) -> Path:
+    return Path(run.settings["save_calibration_set"]).expanduser().absolute()
+
+
 def _save_calibration_set(run: Run, calibrated: stages.Result) -> None:
-    if run.settings["save_calibration_set"]:
-        target = Path(run.settings["save_calibration_set"]).expanduser()
-        with atomic_file(target) as temporary:
-            shutil.copyfile(calibrated.folder / stages.CALIBRATION, temporary)
-        logger.info("calibration set: %s", target)
+    target = _calibration_target(run)
+    with atomic_file(target) as temporary:
+        shutil.copyfile(calibrated.folder / stages.CALIBRATION, temporary)
+    logger.info("calibration set: %s", target)
 
 
 def _push(run: Run, record: Record) -> None:

@@ -10,9 +10,10 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +21,10 @@ from torch import nn
 from edadm.errors import EdadmError
 from edadm.quant import io, pretrained
 from edadm.quant.network import QuantModel
+from edadm.quant.quantizer import FLOAT_BITS
+
+if TYPE_CHECKING:
+    from edadm.keys import Run
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +62,7 @@ def quantize(
     Stages are kept in the cache; a call with the same arguments finds them, a killed one goes on.
     Raises EdadmError before anything long for a pipeline that cannot be covered and for impossible choices.
     """
-    from edadm import stages
+    from edadm.experiment import set_machine
     from edadm.keys import Run
     from edadm.store import Store
     from edadm.tasks.pipeline import Given
@@ -70,18 +75,37 @@ def quantize(
     settings = _settings(_words(method, bits, {"steps": steps, "device": device, **choices}))
     split = None if prompts is None else _of_calibration(prompts)
     task = live(pipe, Given(sample_shape, classes, null_label, settings["sampler.guidance_scale"], split))
-    run = Run(settings, task, Store(), *_machine(settings))
-    if run.is_full_precision:
+    if min(settings["bits.weight"], settings["bits.act"]) >= FLOAT_BITS:
         raise EdadmError(f"bits={bits} leaves everything in floating point: there is nothing to quantize")
+    logger.info("%s: quantizing the %s of a %s", settings.label, task.component, type(pipe).__name__)
+    with _machine_kept():
+        network = _quantized(Run(settings, task, Store(), *set_machine(settings)), task.module)
+    facts = {"method": settings["method"], "variant": dict(settings.variant), "seed": settings["seed"]}
+    return _with(pipe, task.component, pretrained.as_denoiser(network.to(device), **facts))
+
+
+def _quantized(run: Run, module: nn.Module) -> QuantModel:
+    """Return the quantized denoiser of a run, once it is known that nothing about it is impossible."""
+    from edadm import stages
+    from edadm.experiment import calibrate
+
     if run.calibration_file:
         stages.stored_rows(run)
-    QuantModel.wrap(_without_storage(task.module), run.bits, run.plan)  # its errors, before anything long
+    QuantModel.wrap(_without_storage(module), run.bits, run.plan)
     run.key("quantized")
-    logger.info("%s: quantizing the %s of a %s", settings.label, task.component, type(pipe).__name__)
-    source = None if run.calibration_file else stages.trajectories(run)
-    network = io.load(stages.quantized(run, stages.calibration(run, source)).folder).to(device)
-    facts = {"method": settings["method"], "variant": dict(settings.variant), "seed": settings["seed"]}
-    return _with(pipe, task.component, pretrained.as_denoiser(network, **facts))
+    return io.load(stages.quantized(run, calibrate(run)).folder)
+
+
+@contextmanager
+def _machine_kept() -> Iterator[None]:
+    """Give torch back the threads and the switches of GPUs that the caller's process had."""
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    switches = torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic = switches
 
 
 def load_pipeline(folder: str | Path, quantized: str | Path | None = None, **components: Any) -> Any:
@@ -128,7 +152,7 @@ def _words(method: str, bits: str, choices: Mapping[str, Any]) -> list[str]:
     if "profile.rows" in named and "profile.batch" not in named and isinstance(named["profile.rows"], int):
         named["profile.batch"] = max(1, min(BATCH, named["profile.rows"]))
     if "profile.threads" not in named and "threads" not in named:
-        named["threads"] = None  # as many as torch has
+        named["threads"] = torch.get_num_threads()
     fixed = {"task": "pipeline", "method": method, "bits": bits}
     return [f"{name}={_value(value)}" for name, value in {**fixed, **named}.items()]
 
@@ -161,15 +185,6 @@ def _settings(words: Sequence[str]) -> Any:
         raise EdadmError(f"{chosen}: choose {', '.join(error.options or ())}") from error
     except HydraException as error:
         raise EdadmError(" ".join(str(error).split())) from error
-
-
-def _machine(settings: Any) -> tuple[str, int]:
-    """Return the device and the number of threads of the settings, which torch then uses."""
-    from edadm.experiment import device_named
-
-    if settings["threads"] is not None:
-        torch.set_num_threads(settings["threads"])
-    return device_named(settings["device"]), torch.get_num_threads()
 
 
 def _of_calibration(prompts: Sequence[str] | str | Path) -> Any:

@@ -98,6 +98,7 @@ class Meter:
         if self.device.startswith("cuda"):
             import torch
 
+            torch.cuda.init()  # the statistics of a device named by its number do not start it
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             _reset_peak()

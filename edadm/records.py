@@ -246,15 +246,15 @@ def find_finished(results_dirs: Iterable[Path], task: str, hash: str) -> Path | 
 def write(record: Record, results_dir: Path, *, rerun: bool = False) -> Path:
     """Write a record to ``<results_dir>/<task>/<hash>.json`` atomically and return the path.
 
-    A result (status ok or diverged) that is already there stays, since the same hash means the same run;
-    ``rerun=True``, for a run that the user repeated explicitly, replaces it. What failed or was skipped is no result
-    and is always replaced. Raises EdadmError when the folder cannot be written.
+    A record with status ok stays, since the same hash means the same run; ``rerun=True``, for a run that the user
+    repeated explicitly, replaces it. One of a run that diverged, failed or was skipped is always replaced: a device or
+    a library, which no hash holds, may have been the reason. Raises EdadmError when the folder cannot be written.
     """
     path = path_of(results_dir, record.task, record.hash)
     old = find(results_dir, record.task, record.hash)
-    if old is not None and old.status in ("ok", "diverged") and not rerun:
+    if old is not None and old.status == "ok" and not rerun:
         if _comparable(old) != _comparable(record):
-            logger.warning("%s holds another result of the same run: it is kept (rerun=true replaces it)", path)
+            logger.warning("%s holds another result of the same run: it is kept; delete it to keep this one", path)
         return path
     return write_atomically(path, json.dumps(to_dict(record), indent=1, allow_nan=False) + "\n")
 
@@ -282,6 +282,7 @@ def provenance(device: str | None = None) -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads() if torch is not None else None,
+        "tf32": torch.backends.cudnn.allow_tf32 if torch is not None and gpu else None,
         "device": device,
         "gpu": torch.cuda.get_device_name(device) if torch is not None and gpu else None,
     }

@@ -202,6 +202,10 @@ def _memory(run: Run) -> Need:
     needed = 4 * COPIES * size[0] + WORKING_MEMORY
     if not run.device.startswith("cuda"):
         return Need("GPU", "none", f"runs on {run.device}; about {needed / 1e9:.0f} GB of memory, and slow")
+    if not torch.cuda.is_available():
+        return Need(
+            "GPU", MISSING, f"device={run.device}: torch sees no GPU here; about {needed / 1e9:.0f} GB of it needed"
+        )
     name, there = torch.cuda.get_device_name(run.device), torch.cuda.get_device_properties(run.device).total_memory
     return Need(
         "GPU", HERE if there > needed else MISSING, f"{name}, {there / 1e9:.0f} GB; about {needed / 1e9:.0f} needed"

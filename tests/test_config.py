@@ -151,6 +151,20 @@ def test_load_and_images_exclude_each_other(tmp_path: Path) -> None:
         settings(f"load={tmp_path}", f"images={tmp_path}")
 
 
+def test_a_published_scope_is_that_of_the_tasks_it_was_published_for() -> None:
+    assert settings("method=qdiffusion", "scope=published", "task=cifar10_ddim")["scope.split"]
+    with pytest.raises(
+        EdadmError, match="command for cifar10_ddim, cifar10_tiny: use scope=full for task lsun_church_"
+    ):
+        settings("method=qdiffusion", "scope=published", "task=lsun_church_ldm8")
+
+
+def test_numbers_that_no_stage_could_use_are_refused() -> None:
+    for word in ("profile.range_batches=0", "metrics.sqnr_rows=0", "metrics.bootstrap=x", "tf32=3"):
+        with pytest.raises(EdadmError, match=word.partition("=")[0]):
+            settings(word)
+
+
 def test_a_method_without_published_scope_says_which_have_one() -> None:
     with pytest.raises(EdadmError, match="qdiffusion"):
         settings("method=rtn", "scope=published")

@@ -57,7 +57,7 @@ def test_a_result_is_kept_unless_the_run_is_repeated_explicitly(
     with caplog.at_level(logging.WARNING):
         write(other, tmp_path)
     assert read(path) == first
-    assert "rerun" in caplog.text
+    assert "delete it to keep this one" in caplog.text
     write(other, tmp_path, rerun=True)
     assert read(path) == other
 
@@ -72,8 +72,9 @@ def test_the_same_result_again_is_no_cause_for_a_warning(tmp_path: Path, caplog:
     assert not caplog.records
 
 
-def test_what_failed_is_replaced_by_the_next_try(tmp_path: Path) -> None:
-    failed = record(status="failed", reason="out of memory", metrics={})
+@pytest.mark.parametrize("status", ["failed", "diverged", "skipped"])
+def test_what_ended_without_a_result_is_replaced_by_the_next_try(tmp_path: Path, status: str) -> None:
+    failed = record(status=status, reason="out of memory", metrics={})
     path = write(failed, tmp_path)
     done = dataclasses.replace(failed, status="ok", reason=None)
     write(done, tmp_path)

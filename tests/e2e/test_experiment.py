@@ -3,10 +3,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -351,3 +353,96 @@ def test_a_failure_becomes_a_record_and_a_later_result_replaces_it(toy: Toy) -> 
     path = experiment.record_failure(run, "diverged", "unit conv_in, iteration 3: the loss is nan")
     assert records.read(path).status == "diverged"
     assert config.options("method")
+
+
+def test_a_run_killed_while_its_artefact_is_sealed_samples_nothing_again(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = toy("method=fp")
+    seal = store._seal
+
+    def kill(work: Path, manifest: dict[str, Any]) -> None:
+        raise Killed
+
+    monkeypatch.setattr(store, "_seal", kill)
+    with pytest.raises(Killed):
+        stages.images(run, None)
+    monkeypatch.setattr(store, "_seal", seal)
+    monkeypatch.setattr(type(run.sampler), "run", None)  # sampling anything would fail
+    result = stages.images(run, None)
+    assert sorted(path.name for path in result.folder.iterdir()) == [stages.IMAGES, store.MANIFEST]
+
+
+def test_a_run_killed_between_report_and_unit_reports_every_unit_once(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = toy("method=brecq")
+    original, written = stages.atomic_file, 0
+
+    @contextmanager
+    def kill(path: Path) -> Iterator[Path]:
+        nonlocal written
+        written += path.parent.name == Path(stages.UNITS).name
+        if written > 3:
+            raise Killed
+        with original(path) as temporary:
+            yield temporary
+
+    monkeypatch.setattr(stages, "atomic_file", kill)
+    with pytest.raises(Killed):
+        execute(run)
+    monkeypatch.setattr(stages, "atomic_file", original)
+    execute(run)
+    reports = json.loads((run.store.path("quantized", run.key("quantized")) / stages.REPORTS).read_text())
+    assert len({(report["unit"], report["phase"]) for report in reports}) == len(reports)
+
+
+def test_calibration_rows_of_a_finished_run_are_saved_too(toy: Toy, tmp_path: Path) -> None:
+    execute(toy("method=rtn"))
+    target = tmp_path / "rows.safetensors"
+    execute(toy("method=rtn", f"save_calibration_set={target}"))
+    assert len(CalibrationSet.load(target)[0]) == 8
+
+
+def test_rows_that_there_will_never_be_cannot_be_saved(toy: Toy, tmp_path: Path) -> None:
+    with pytest.raises(EdadmError, match="nothing is calibrated"):
+        toy("method=fp", f"save_calibration_set={tmp_path / 'rows.safetensors'}")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EdadmError, match=r"save_calibration_set=.* cannot be made"):
+        toy("method=rtn", f"save_calibration_set={tmp_path / 'file' / 'rows.safetensors'}")
+
+
+def test_threads_of_one_run_do_not_become_those_of_the_next(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "OWN_THREADS", 1)
+    try:
+        alone = toy("method=rtn", "threads=null")
+        toy("method=rtn", "threads=2")
+        after = toy("method=rtn", "threads=null")
+        assert (alone.hash, alone.threads) == (after.hash, after.threads)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_the_full_precision_row_follows_the_protocol_of_the_run(toy: Toy) -> None:
+    run = toy("method=rtn", "profile=paper", "sampler.steps=4", "protocol.images=5")
+    baseline = experiment.full_precision(run)
+    assert baseline.settings["n_images"] == run.settings["n_images"]
+    assert baseline.sampler == run.sampler
+
+
+def test_steps_are_compared_chunk_by_chunk(toy: Toy) -> None:
+    whole, parts = (toy("method=rtn", f"chunk={chunk}") for chunk in (4, 3))
+    measured = []
+    for run in (whole, parts):
+        calibrated = stages.calibration(run, stages.trajectories(run))
+        measured.append(stages.read_sqnr(stages.sqnr(run, stages.quantized(run, calibrated), stages.evaluation(run))))
+    assert measured[0].error.shape == measured[1].error.shape == (4, 4)
+    np.testing.assert_allclose(measured[0].signal, measured[1].signal, rtol=1e-3)
+
+
+def test_a_loaded_model_is_known_by_what_is_read_of_it(toy: Toy) -> None:
+    run = toy("method=rtn")
+    folder = stages.quantized(run, stages.calibration(run, stages.trajectories(run))).folder
+    before = toy(f"load={folder}").hash
+    (folder / store.MANIFEST).write_text("{}")
+    assert toy(f"load={folder}").hash == before
