@@ -14,6 +14,7 @@ from edadm.errors import EdadmError
 from edadm.records import FP_METHOD, Record
 from edadm.report import experiment_file
 from edadm.report.experiment_file import SCALES, missing_parts, same
+from edadm.report.published import is_published
 from edadm.report.table import family
 
 CLAIMS = Path("results/paper/claims.yaml")
@@ -110,13 +111,13 @@ def _full_precision(runs: Runs, records: Iterable[Record]) -> Runs:
 
 
 def fits(record: Record, side: Mapping[str, Any], counterparts: Mapping[int, int]) -> bool:
-    """Say whether a record is a run of one side of a claim: in its parts, and different from its method in no other."""
+    """Say whether a record is a run of one side of a claim: in its parts, and in all else its method as published."""
     if (record.method, record.bits.name) != (side["method"], side.get("bits", record.bits.name)):
         return False
     if any(getattr(record, part) != side[part] for part in PARTS if part in side):
         return False
     named = {part for part in PARTS if part in side} | ({"profile.rows"} if ROWS in side else set())
-    return record.variant.keys() <= named and (ROWS not in side or _has_rows(record, side[ROWS], counterparts))
+    return (ROWS not in side or _has_rows(record, side[ROWS], counterparts)) and is_published(record, named)
 
 
 def _has_rows(record: Record, rows: int, counterparts: Mapping[int, int]) -> bool:

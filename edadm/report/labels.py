@@ -15,6 +15,8 @@ from edadm.store import content_hash
 _NOT_THE_METHOD = frozenset(
     {"seed", "bits", "logger", "launcher", "sweep", "experiments", "hydra", "paths", "results", "device", "threads"}
 )
+# leaves of a config that say where a file or tensor lies; the protocol knows the content of the files
+PLACES = frozenset({"path", "first_stage", "prompts", "weights", "reference", "sha256", "cache"})
 
 
 def base_label(record: Record) -> str:
@@ -50,10 +52,10 @@ def plain(obj: Any) -> Any:
 
 
 def _method_config(record: Record) -> dict[str, Any]:
-    """Return the flat config that makes a row what it is: without seeds, places and bit widths."""
+    """Return the flat config that makes a row what it is: without seeds, places of files and bit widths."""
     config = {name: value for name, value in record.config.items() if name not in _NOT_THE_METHOD}
     leaves = flatten(plain(config)) if config else {}
-    return {name: value for name, value in leaves.items() if name.rpartition(".")[2] != "seed"}
+    return {name: value for name, value in leaves.items() if name.rpartition(".")[2] not in PLACES | {"seed"}}
 
 
 def _distinguish(configs: list[dict[str, Any]]) -> list[str]:

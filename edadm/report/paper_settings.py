@@ -8,8 +8,8 @@ from typing import Any
 from edadm.checkout import root
 from edadm.report import paper
 from edadm.report.experiment_file import NOT_YET, Experiment, missing_parts, same, text
-from edadm.report.paper_rows import task_overrides
 from edadm.report.paper_verdicts import DIFFERS, REPRODUCED
+from edadm.report.published import task_overrides
 from edadm.report.sheet import Line, Note, Sheet
 
 PROFILE, GRANULARITY, OPTIMIZATION = "paper", "fbr", "joint"  # those that the paper's hyperparameters are for

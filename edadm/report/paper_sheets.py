@@ -189,7 +189,11 @@ def left_out(dropped: Sequence[Record]) -> list[Note]:
     if not dropped:
         return []
     names = ", ".join(sorted(record.hash[:8] for record in dropped))
-    return [Note(f"Left out, measured with another checkpoint or other references than the newest record: {names}.")]
+    return [
+        Note(
+            f"Left out, measured with another checkpoint, other references or on another device than the newest record: {names}."
+        )
+    ]
 
 
 def _nearness(experiment: Experiment, rows: Sequence[Found]) -> Sheet | None:

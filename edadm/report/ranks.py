@@ -9,6 +9,7 @@ from typing import Any
 
 from edadm.comparison import Draws, difference, newest_by_seed
 from edadm.records import Record
+from edadm.report.published import is_published
 from edadm.report.sheet import Line, Note, Sheet
 from edadm.report.table import family, group
 
@@ -57,7 +58,7 @@ def _contests(records: Iterable[Record]) -> list[list[Record]]:
     """Return the runs of each task, bit width and seed, one for each method, where there are at least two."""
     found: dict[Any, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        if record.status == "ok" and not record.is_fp and not record.variant and record.profile != "demo":
+        if record.status == "ok" and not record.is_fp and record.profile != "demo" and is_published(record):
             found[family(record), group(record), record.seed][record.method].append(record)
     contests = [
         [run for runs in methods.values() for run in newest_by_seed(runs).values()]

@@ -12,6 +12,7 @@ from edadm.errors import EdadmError
 from edadm.records import Record
 from edadm.report.claims import NO_WORSE, Claim, absent_parts, commands, experiment_command, fits, load, sides
 from tests.conftest import ROOT
+from tests.report.paper_records import made
 from tests.report.records_for_tests import fp, record
 
 CLAIMS = load().claims
@@ -93,6 +94,18 @@ def test_a_record_fits_a_side_whose_parts_it_has_and_no_others(
     run: Record, side: dict[str, Any], expected: bool
 ) -> None:
     assert fits(run, side, {1024: 256, 5120: 1280}) is expected
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("scope.split=false", False), ("preset.mid_zero_point=true", False), ("profile.range_batches=1", False),
+        (f"calibration_set={__file__}", False), ("bits.softmax=6", False), ("profile.images=500", True),
+        ("sampler.steps=50", True), ("model.path=elsewhere", True), ("scope=published", True), ("preset=paper", True),
+    ],
+)  # fmt: skip
+def test_only_runs_of_the_method_as_published_fit(word: str, expected: bool) -> None:
+    assert fits(made(["method=edadm", word]), {"method": "edadm"}, {}) is expected
 
 
 def test_the_paper_profile_has_the_printed_rows() -> None:

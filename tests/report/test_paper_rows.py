@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from edadm.records import Record
 from edadm.report.experiment_file import load
-from edadm.report.paper_rows import changed_numbers, find_rows, standard_words
+from edadm.report.paper_rows import find_rows, standard_words
+from edadm.report.published import changed_numbers
 from tests.report.paper_records import made, run_of, scored
 
 ABLATION = load("table6_ablation")
@@ -38,7 +40,7 @@ def test_a_method_whose_parts_are_spelled_out_is_the_method_itself() -> None:
         "profile=demo", "preset=paper", "scope=published", "precision=bf16", "n_images=500", "evaluation_seed=7",
         "sampler.steps=50", "sampler.eta=0.5", "sampler=ddim_uniform", "profile.rows=512", "profile.iterations=7",
         "calibration.weight=3", "recipe.lr_weight=0.1", "bits.act=6", "bits.softmax=6", "ranges=minmax",
-        "model.path=elsewhere", "profile.range_batches=2", "optimization=two_phase",
+        "profile.range_batches=2", "optimization=two_phase",
     ],
 )  # fmt: skip
 def test_a_run_that_differs_in_anything_else_is_no_run_of_the_row(word: str) -> None:
@@ -56,10 +58,27 @@ def test_a_number_hidden_by_a_changed_part_is_seen() -> None:
     assert not any(found.runs for found in find_rows(table, [other])[0])
 
 
-@pytest.mark.parametrize("word", ["threads=1", "chunk=64", "metrics.bootstrap=10", "device=cpu", "sampler.steps=20"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "threads=1", "chunk=64", "metrics.bootstrap=10", "device=cpu", "sampler.steps=20", "model.path=elsewhere",
+        "reconstruction.cache=host",
+    ],
+)  # fmt: skip
 def test_where_and_how_a_run_was_made_does_not_matter(word: str) -> None:
     same = made([*(f"{key}={value}" for key, value in ABLATION.rows[3].words.items()), word])
     assert find_rows(ABLATION, [same])[0][3].runs
+
+
+def test_the_weights_and_prompts_that_a_real_task_needs_change_no_number() -> None:
+    table = load("table4_coco", "paper")
+    row = next(row for row in table.rows if row.run["method"] == "edadm")
+    words = [f"{key}={value}" for key, value in row.words.items()]
+    own = made(
+        [*words, "model.path=/weights", "dataset.prompts=/captions.json", "dataset.calibration_prompts=/more.txt"]
+    )
+    rows, _ = find_rows(table, [own])
+    assert [found.row.run for found in rows if found.runs] == [row.run]
 
 
 def test_rows_that_spell_out_the_defaults_share_their_records_with_those_that_do_not() -> None:
@@ -102,6 +121,25 @@ def test_rows_may_differ_in_the_sampler() -> None:
     runs = [run_of(table.rows[3], protocol={"sampler": "a"}), run_of(table.rows[-1], protocol={"sampler": "b"})]
     rows, dropped = find_rows(table, runs)
     assert sum(bool(found.runs) for found in rows) == 2 and not dropped
+
+
+def test_rows_may_differ_in_guidance_but_not_in_what_it_guides_to() -> None:
+    table = load("table9_samplers_steps", "paper")
+    guided = {"conditions": {"classes": 1000}, "channels": None}
+
+    def run(place: int, **guidance: object) -> Record:
+        made_with = {"checkpoint": "c", "sampler": str(place), "guidance": guided | guidance}
+        return run_of(table.rows[place], protocol=made_with, provenance={"date": f"2027-01-0{1 + place % 9}"})
+
+    strong, weak = run(3, scale=3.0), run(-1, scale=1.5)
+    assert not find_rows(table, [strong, weak])[1]
+    assert find_rows(table, [strong, run(-1, scale=1.5, conditions="others")])[1]
+
+
+def test_runs_on_another_device_are_left_out() -> None:
+    old = run_of(ABLATION.rows[0], provenance={"date": "2026-01-01", "device": "cpu"})
+    new = run_of(ABLATION.rows[1], provenance={"date": "2027-01-01", "device": "cuda:0"})
+    assert find_rows(ABLATION, [old, new])[1] == [old]
 
 
 def test_a_failed_run_is_kept_apart() -> None:

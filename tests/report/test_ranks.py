@@ -45,8 +45,11 @@ def test_ablations_the_demo_and_methods_without_a_rival_take_no_part() -> None:
     records = [
         record("edadm", fd=10.0),
         record("edadm", fd=5.0, variant={"calibration": "random"}, config={"calibration": "random"}),
+        record("edadm", fd=5.0, config={"scope": {"matmuls": False}}),
+        record("edadm", fd=5.0, config={"calibration_set": "rows.safetensors"}),
         *(record(method, fd=10.0, **demo) for method in ("edadm", "rtn")),
         record("rtn", status="failed", reason="x", metrics={}),
+        record("brecq", fd=20.0, config={"load": "folder"}),
     ]
     assert standings(records) == {}
 
