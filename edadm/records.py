@@ -210,6 +210,11 @@ def date(record: Record) -> str:
     return str(record.provenance.get("date", ""))
 
 
+def device_kind(record: Record) -> str:
+    """Return cpu or cuda, or an empty string where a record does not say; numbers differ a little between the two."""
+    return str(record.provenance.get("device") or "").partition(":")[0]
+
+
 def path_of(results_dir: Path, task: str, hash: str) -> Path:
     """Return the file of a record in a results set such as ``results/local``."""
     return Path(results_dir) / task / f"{hash}.json"

@@ -200,9 +200,13 @@ def _foot(table: Table) -> list[tuple[str, str]]:
     """Return the protocol, the facts outside of the heading, and the records behind every row."""
     protocol = "; ".join(f"{name} {_short(value)}" for name, value in table.protocol.items())
     precision = f"precision {table.facts['precision']}"
+    device = f"device {table.facts['device']}" if table.facts["device"] else ""
     softmax = "" if table.facts["bits"] == "fp" else f"softmax bits {table.facts['softmax']}"
     records = "; ".join(f"{row.label} {' '.join(hash[:8] for hash in row.hashes)}" for row in table.rows if row.hashes)
-    return [("Protocol", "; ".join(text for text in (protocol, precision, softmax) if text)), ("Records", records)]
+    return [
+        ("Protocol", "; ".join(text for text in (protocol, precision, softmax, device) if text)),
+        ("Records", records),
+    ]
 
 
 def _short(value: Any) -> str:

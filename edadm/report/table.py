@@ -1,8 +1,8 @@
 """Tables from records: which runs share a table, a row and a cell, and what must be said under it.
 
-A table holds runs that differ in the method only: same task, bits, scope, preset, profile, number of images and
-protocol. A row is a method with its non-default slots, over seeds. Where the runs were resampled (`edadm.compare`), the
-paired differences of the rows to EDA-DM and to full precision follow, and decide what is bold.
+A table holds runs that differ in the method only: same task, bits, scope, preset, profile, number of images, device
+and protocol. A row is a method with its non-default slots, over seeds. Where the runs were resampled
+(`edadm.compare`), the paired differences of the rows to EDA-DM and to full precision follow, and decide what is bold.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edadm.comparison import FEW_SEEDS, RESAMPLED, Draws, newest_by_seed
-from edadm.records import Record, date
+from edadm.records import Record, date, device_kind
 from edadm.report.contrasts import FULL_PRECISION, REFERENCE, Contrast, contrasts_of, winner
 from edadm.report.diff import flatten
 from edadm.report.labels import base_label, by_label, plain
@@ -102,7 +102,7 @@ def tables(
 
 def family(record: Record) -> Group:
     """Return what a full-precision row shares with every run it can be compared with."""
-    return (record.task, record.n_images, record.precision, content_hash(plain(record.protocol)))
+    return (record.task, record.n_images, record.precision, device_kind(record), content_hash(plain(record.protocol)))
 
 
 def group(record: Record) -> Group:
@@ -186,6 +186,7 @@ def _facts(record: Record) -> dict[str, Any]:
         "profile": record.profile,
         "n_images": record.n_images,
         "precision": record.precision,
+        "device": device_kind(record),
     }
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from edadm.records import Record
 from edadm.report import frame
+from edadm.report.render import markdown
 from edadm.report.table import Cell, Row, Table, tables
 from tests.report.records_for_tests import fp, metric, record, resampled
 
@@ -195,6 +196,22 @@ def test_seed_and_places_do_not_split_a_row() -> None:
     configs = [{"noise": {"seed": seed}, "results": f"r{seed}", "device": "cpu"} for seed in range(2)]
     table = one([record(seed=seed, config=configs[seed]) for seed in range(2)])
     assert row(table, "edadm").seeds == (0, 1)
+
+
+def test_the_places_of_equal_files_do_not_split_a_row() -> None:
+    places = [
+        {"model": {"path": place}, "task": {"path": place}, "metrics": {"inception": {"weights": place}}}
+        for place in ("/data/a", "/scratch/b")
+    ]
+    records = [record(seed=seed, config=config) for seed, config in enumerate(places)]
+    assert row(one([fp(), *records]), "edadm").seeds == (0, 1)
+
+
+def test_runs_on_a_cpu_and_on_a_gpu_share_no_table() -> None:
+    devices = [record(provenance={"device": device}, config={"x": device}) for device in ("cpu", "cuda", "cuda:1")]
+    found = tables([*devices, fp(provenance={"device": "cuda"})])
+    assert [(table.facts["device"], bool(table.rows[0].hashes)) for table in found] == [("cpu", False), ("cuda", True)]
+    assert "; device cuda" in markdown(found[1:])
 
 
 def test_of_two_records_of_a_seed_the_newest_counts() -> None:
