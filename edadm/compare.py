@@ -7,6 +7,7 @@ between two runs follows from their records and draws (`edadm.comparison`). A ru
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -60,7 +61,8 @@ def complete(
         who = f"{base_label(record)} {record.bits.name} seed {record.seed} ({record.hash[:8]})"
         if len(lost) < len(names):
             try:
-                write_draws(resample(record, _full_precision(record, everything), store), results_dir)
+                made = resample(record, _full_precision(record, everything), store)
+                write_draws(_with_old(made, results_dir), results_dir)
             except EdadmError as error:
                 skipped.append(f"{who}: {error}")
                 continue
@@ -71,15 +73,31 @@ def complete(
 
 def without_draws(record: Record, results_dir: Path) -> list[str]:
     """Return the metrics of a run that can be resampled and have no draws of their version."""
-    path, names = draws_path(path_of(results_dir, record.task, record.hash)), resampled_metrics(record)
-    try:
-        draws = read_draws(path) if path.is_file() else None
-    except EdadmError:
-        draws = None
+    draws, names = _written_draws(record.task, record.hash, results_dir), resampled_metrics(record)
     if draws is None or draws.version != VERSION:
         return names
-    versions = {name: metric.version for name, metric in draws.metrics.items()}
-    return [name for name in names if versions.get(name) != METRICS[name].version]
+    return [name for name in names if not _is_current(name, draws.metrics.get(name))]
+
+
+def _written_draws(task: str, hash: str, results_dir: Path) -> Draws | None:
+    path = draws_path(path_of(results_dir, task, hash))
+    try:
+        return read_draws(path) if path.is_file() else None
+    except EdadmError:
+        return None
+
+
+def _is_current(name: str, found: MetricDraws | None) -> bool:
+    return found is not None and name in METRICS and found.version == METRICS[name].version
+
+
+def _with_old(made: Draws, results_dir: Path) -> Draws:
+    """Return draws with those in their file that still hold: their images and features may be gone from the cache."""
+    old = _written_draws(made.task, made.hash, results_dir)
+    if old is None or (old.seed, old.version) != (made.seed, made.version):
+        return made
+    kept = {name: found for name, found in old.metrics.items() if _is_current(name, found)}
+    return dataclasses.replace(made, metrics=kept | made.metrics)
 
 
 def resample(record: Record, full_precision: Record, store: Store) -> Draws:
@@ -206,7 +224,11 @@ def compare(folders: Sequence[Path], store: Store, to: str = REFERENCE) -> str:
         skipped += complete(found, folder, store, folders)
     if not folders:
         raise EdadmError(f"no results in {' or '.join(map(str, DEFAULT_RESULTS))}: run `python run.py` first")
-    made = tables(read_all(folders), read_all_draws(folders), to)
+    records = read_all(folders)
+    labels = sorted({row.label for table in tables(records) for row in table.rows if not row.is_fp})
+    if to not in (*labels, REFERENCE):
+        raise EdadmError(f"--to {to}: no such row; there are {', '.join(labels)}")
+    made = tables(records, read_all_draws(folders), to)
     text = sheet.markdown([one for table in made for one in differences(table)])
     return text + "".join(f"- Not resampled: {line}\n" for line in skipped)
 

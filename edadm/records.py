@@ -186,11 +186,16 @@ def read(path: Path) -> Record:
 
 
 def read_all(folders: Iterable[Path]) -> list[Record]:
-    """Return the records below some folders, one per hash (the newest), in the order of their paths.
+    """Return the records below some folders, one per hash (the newest), in the order of their paths."""
+    return [record for _, record in located(folders)]
+
+
+def located(folders: Iterable[Path]) -> list[tuple[Path, Record]]:
+    """Return the records below some folders with their files, one per hash (the newest), in the order of their paths.
 
     A broken file is skipped with a warning that names it; hidden files and folders, and those of ``BESIDE``, hold none.
     """
-    found: dict[str, Record] = {}
+    found: dict[str, tuple[Path, Record]] = {}
     for folder in map(Path, folders):
         for path in sorted(folder.rglob("*.json")):
             if any(part.startswith(".") or part in BESIDE for part in path.relative_to(folder).parts):
@@ -200,8 +205,8 @@ def read_all(folders: Iterable[Path]) -> list[Record]:
             except EdadmError as error:
                 logger.warning("skipped a broken record: %s", error)
                 continue
-            if record.hash not in found or date(record) >= date(found[record.hash]):
-                found[record.hash] = record
+            if record.hash not in found or date(record) >= date(found[record.hash][1]):
+                found[record.hash] = path, record
     return list(found.values())
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from edadm.comparison import read_all_draws
 from edadm.diagnostics.files import read_diagnostics
 from edadm.errors import EdadmError
-from edadm.records import BESIDE, Record, date, read_all
+from edadm.records import Record, located
 from edadm.report import sheet
 from edadm.report.experiment_file import NOT_YET, SCALES, Experiment, load, missing_parts, names
 from edadm.report.paper_rows import Found, find_rows
@@ -48,16 +48,12 @@ def report(experiment: Experiment, folders: Sequence[Path], style: str, out: Pat
 
 def read_located(folders: Sequence[Path]) -> list[Record]:
     """Return the newest record of every hash; its outputs are absolute, so that figures find the files beside it."""
-    found: dict[str, Record] = {}
-    for folder in folders:
-        places = {
-            path.stem: path.parent.absolute() for path in folder.rglob("*.json") if path.parent.name not in BESIDE
-        }
-        for record in read_all([folder]):
-            outputs = {name: str(places[record.hash] / file) for name, file in record.outputs.items()}
-            if record.hash not in found or date(record) >= date(found[record.hash]):
-                found[record.hash] = dataclasses.replace(record, outputs=outputs)
-    return list(found.values())
+    return [
+        dataclasses.replace(
+            record, outputs={name: str(path.parent.absolute() / file) for name, file in record.outputs.items()}
+        )
+        for path, record in located(folders)
+    ]
 
 
 def _figure(
@@ -117,8 +113,10 @@ def _state(found: Found) -> str:
     if found.absent:
         return f"{NOT_YET}: {', '.join(found.absent)}"
     if found.missing_seeds:
-        return "not run" if not found.runs else "partly run"
-    return "run"
+        state = "partly run" if found.runs or found.failed else "not run"
+    else:
+        state = "run" if found.runs else ""
+    return ", ".join(part for part in (state, found.lost) if part)
 
 
 def _hashes(found: Found) -> list[str]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from edadm import compare, experiment, records
-from edadm.comparison import difference, draws_path, read_all_draws
+from edadm.comparison import difference, draws_path, read_all_draws, read_draws, write_draws
+from edadm.errors import EdadmError
 from edadm.metrics import tiny
 from edadm.records import Record
 from edadm.report.table import tables
@@ -128,6 +129,26 @@ def test_metrics_whose_features_are_gone_are_named_and_the_others_resampled(
         assert compare.complete([record], results, Store()) == [line]
 
 
+def test_draws_that_cannot_be_made_again_stay(scored_by_clip: tuple[Record, Path]) -> None:
+    record, results = scored_by_clip
+    shutil.rmtree(Store().root / "metrics" / record.artefacts["metrics"])
+    path = draws_path(records.path_of(results, record.task, record.hash))
+    before = read_draws(path)
+    without = {name: found for name, found in before.metrics.items() if name != "psnr"}
+    write_draws(dataclasses.replace(before, metrics=without), results)
+    assert compare.complete([record], results, Store()) == []
+    assert read_draws(path).metrics.keys() == before.metrics.keys()
+    outdated = without | {"clip": dataclasses.replace(without["clip"], version=0)}
+    write_draws(dataclasses.replace(before, metrics=outdated), results)
+    compare.complete([record], results, Store())
+    assert read_draws(path).metrics.keys() == {"psnr"}
+
+
+def test_an_unknown_row_is_an_error_that_names_the_choices(results: Path) -> None:
+    with pytest.raises(EdadmError, match="--to none_such: no such row; there are rtn"):
+        compare.compare([results], Store(), "none_such")
+
+
 def test_the_demo_keeps_no_features(results: Path) -> None:
     assert not list(Store().root.glob("metrics/*/kept.npz"))
 
@@ -163,7 +184,7 @@ def test_images_of_a_folder_and_failed_runs_are_left_alone(results: Path) -> Non
 def test_the_command_prints_what_was_skipped_and_compares_no_demo(
     results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert compare.main(["--results", str(results), "--to", "rtn"]) == 0
+    assert compare.main(["--results", str(results), "--to", "rtn (profile.rows=8)"]) == 0
     assert capsys.readouterr().out == ""
     shutil.rmtree(results / "cifar10_tiny" / "draws")
     shutil.rmtree(Store().root / "images")

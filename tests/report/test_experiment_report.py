@@ -70,6 +70,26 @@ def test_what_is_missing_has_its_command(results: Path, capsys: pytest.CaptureFi
     assert text.count("- Not run: ") == 2
 
 
+def test_seeds_without_a_result_are_named_and_not_run_again(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lost = run_of(ABLATION.rows[2], 1, status="diverged", reason="NaN in the loss\nmore")
+    failed = run_of(ABLATION.rows[2], 2, status="failed", reason="out of memory")
+    save([lost, failed], results)
+    text = shown(capsys, "table6_ablation", "--results", str(results))
+    command = "python run.py -m experiments=table6_ablation calibration=random reconstruction=fbr seed=2"
+    assert "- Diverged: random fbr, seed 1: NaN in the loss\n" in text
+    assert f"- Failed: random fbr, seed 2: out of memory: `{command}`" in text
+    assert "Not run: random fbr" not in text
+    assert cells(text, "+FBR")[-1] == "undecided at n=2000, 1 seed (1 seed diverged, 1 seed failed)"
+
+
+def test_results_of_older_versions_are_counted_below(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    newer = scored(0.9) | {"fd_tiny": metric(0.9, version=2)}
+    save([run_of(ABLATION.rows[3], 0, newer)], results)
+    text = shown(capsys, "table6_ablation", "--results", str(results))
+    assert "- fd_tiny: 7 results of an older version of the metric left out." in text
+    assert cells(text, "+TDAC")[-1] == "not measured"
+
+
 def test_nearness_to_full_precision_follows(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "table6_ablation", "--results", str(results))
     near = text[text.index("nearness to full precision") :]
@@ -233,6 +253,17 @@ def test_files_beside_a_record_are_found_from_anywhere(tmp_path: Path) -> None:
     assert found.outputs["grid"] == str(
         path_of(tmp_path / "results" / "local", run.task, run.hash).with_name("grid.png")
     )
+
+
+def test_journals_and_files_of_any_name_are_no_trouble(tmp_path: Path) -> None:
+    run = run_of(ABLATION.rows[0], outputs={"grid": "grid.png"})
+    path = path_of(tmp_path, run.task, run.hash)
+    save([run], tmp_path)
+    path.rename(path.with_name("mine.json"))
+    (tmp_path / ".runs").mkdir()
+    (tmp_path / ".runs" / path.name).write_text("{}")
+    (found,) = read_located([tmp_path])
+    assert found.outputs["grid"] == str(path.with_name("grid.png"))
 
 
 def test_sample_grids_are_put_below_each_other(tmp_path: Path) -> None:
