@@ -11,7 +11,8 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -153,9 +154,12 @@ def difference(
 ) -> Difference | None:
     """Return the paired difference of a metric between two methods, each given by the record of every seed.
 
-    None where no seed has the metric on both sides, or the draws of a record are missing or of another resampling.
+    None where no seed has the metric on both sides, where it was measured in several versions, or where the draws of a
+    record are missing or of another resampling; `no_difference` tells these apart.
     """
-    seeds = [seed for seed in sorted(first.keys() & second.keys()) if _both(first[seed], second[seed], metric)]
+    if no_difference(first, second, metric):
+        return None
+    seeds = _shared_seeds(first, second, metric)
     pairs = [_paired_draws(draws.get(first[seed].hash), draws.get(second[seed].hash), metric) for seed in seeds]
     known = [pair for pair in pairs if pair is not None]
     if not seeds or len(known) < len(seeds) or len({(pair.n, len(pair.draws)) for pair in known}) > 1:
@@ -174,6 +178,55 @@ def difference(
         level=float(np.mean([_value(second[seed], metric) for seed in seeds])),
         resamples=len(sampled),
     )
+
+
+def no_difference(first: Mapping[int, Record], second: Mapping[int, Record], metric: str) -> str:
+    """Return why the records themselves allow no difference, an empty string where only draws can be missing."""
+    if not first.keys() & second.keys():
+        return "the sides share no seed"
+    seeds = _shared_seeds(first, second, metric)
+    if not seeds:
+        return f"no seed has {metric} on both sides"
+    found = {metric_version(side[seed].metrics[metric]) for seed in seeds for side in (first, second)}
+    if len(found) > 1:
+        return f"{metric} was measured in versions {', '.join(map(str, sorted(found)))}: run the older ones again"
+    return ""
+
+
+def _shared_seeds(first: Mapping[int, Record], second: Mapping[int, Record], metric: str) -> list[int]:
+    return [seed for seed in sorted(first.keys() & second.keys()) if _both(first[seed], second[seed], metric)]
+
+
+def metric_version(result: Any) -> int:
+    """Return the version of a metric's result, 0 where it names none; results of two versions are on two scales."""
+    return int(result.get("version") or 0) if isinstance(result, Mapping) else 0
+
+
+def newest_versions(records: Iterable[Record]) -> tuple[list[Record], dict[str, list[str]]]:
+    """Return records without the results of an older version of a metric than the newest among them.
+
+    Also returned: by metric, the hashes of the records whose result is left out.
+    """
+    everything = list(records)
+    newest: dict[str, int] = {}
+    for name, result in (item for record in everything for item in record.metrics.items()):
+        newest[name] = max(newest.get(name, 0), metric_version(result))
+    kept, left = [], defaultdict(list)
+    for record in everything:
+        old = [name for name, result in record.metrics.items() if metric_version(result) < newest[name]]
+        for name in old:
+            left[name].append(record.hash)
+        metrics = {name: result for name, result in record.metrics.items() if name not in old}
+        kept.append(dataclasses.replace(record, metrics=metrics) if old else record)
+    return kept, dict(left)
+
+
+def versions_note(left: Mapping[str, Collection[str]]) -> list[str]:
+    """Return what to say of the results that `newest_versions` left out."""
+    return [
+        f"{name}: {len(hashes)} result{'s' if len(hashes) > 1 else ''} of an older version of the metric left out"
+        for name, hashes in left.items()
+    ]
 
 
 def newest_by_seed(records: Iterable[Record]) -> dict[int, Record]:

@@ -30,9 +30,9 @@ from edadm.quant.network import QuantModel, Site
 from edadm.records import Record
 from edadm.report.figures import STEP_CURVE, step_curves
 from edadm.report.render import markdown
-from edadm.report.table import tables
+from edadm.report.table import family, tables
 from edadm.sampling.noise import EVALUATION
-from edadm.store import Store, atomic_file, content_hash
+from edadm.store import Store, atomic_file
 from edadm.tasks.base import Task
 
 logger = logging.getLogger(__name__)
@@ -369,9 +369,9 @@ def summary(paths: Sequence[Path], curve: Path | None = None) -> str:
     curve: the file that receives the error of every sampling step of these records.
     """
     chosen = {path: records.read(path) for path in paths}
-    families = {_family(record) for record in chosen.values()}
+    families = {family(record) for record in chosen.values()}
     everything = records.read_all({path.parent for path in paths})
-    baselines = [record for record in everything if record.is_fp and _family(record) in families]
+    baselines = [record for record in everything if record.is_fp and family(record) in families]
     shown = {record.hash: record for record in [*baselines, *chosen.values()]}
     draws = read_all_draws({path.parent for path in paths})
     lines = [markdown(tables(shown.values(), draws)).rstrip(), ""]
@@ -381,7 +381,3 @@ def summary(paths: Sequence[Path], curve: Path | None = None) -> str:
     if curve is not None and any(STEP_CURVE in record.metrics for record in chosen.values()):
         lines.append(f"Error of every sampling step: {step_curves(chosen.values(), curve)}")
     return "\n".join(lines)
-
-
-def _family(record: Record) -> str:
-    return content_hash([record.task, record.n_images, record.precision, record.protocol])

@@ -17,6 +17,7 @@ from edadm.comparison import (
     difference,
     draws_path,
     newest_by_seed,
+    no_difference,
     read_all_draws,
     read_draws,
     write_draws,
@@ -60,6 +61,19 @@ def test_a_difference_of_two_seeds_by_hand() -> None:
     assert found.image_error == pytest.approx(0.1 * math.sqrt(1000 / 999))
     assert found.bias == pytest.approx(0.0, abs=1e-12)
     assert (found.seeds, found.n, found.level, found.resamples) == ((0, 1), 1000, 4.0, 3)
+
+
+def test_results_of_two_versions_of_a_metric_have_no_difference() -> None:
+    a = [record("a", seed, metrics={"x": metric(1.0, True, version=2)}) for seed in range(2)]
+    b = [record("b", seed, metrics={"x": metric(2.0, True, version=2 - seed)}) for seed in range(2)]
+    draws = by_hash(*(drawn(one, [1.0, 1.1]) for one in (*a, *b)))
+    assert difference({0: a[0]}, {0: b[0]}, "x", draws) is not None
+    assert difference(dict(enumerate(a)), dict(enumerate(b)), "x", draws) is None
+    why = no_difference(dict(enumerate(a)), dict(enumerate(b)), "x")
+    assert why == "x was measured in versions 1, 2: run the older ones again"
+    assert no_difference({0: a[0]}, {0: b[0]}, "x") == ""
+    assert no_difference({0: a[0]}, {1: b[1]}, "x") == "the sides share no seed"
+    assert no_difference({0: a[0]}, {0: b[0]}, "y") == "no seed has y on both sides"
 
 
 def test_resamples_are_paired_so_what_both_runs_share_cancels() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from edadm.checkout import root
-from edadm.comparison import newest_by_seed
+from edadm.comparison import newest_by_seed, newest_versions
 from edadm.records import Record, date, device_kind
 from edadm.report.experiment_file import Experiment, Row, missing_parts, same, text
 from edadm.report.labels import plain
@@ -17,19 +18,35 @@ from edadm.store import content_hash
 
 @dataclass(frozen=True)
 class Found:
-    """The records of a row: the finished ones by seed, and how the others ended."""
+    """The records of a row: the finished ones by seed, and how seeds without one ended.
+
+    absent: parts that the project does not have. older: metric and hash of the results of older versions, left out.
+    """
 
     row: Row
     runs: Mapping[int, Record]
     failed: tuple[Record, ...] = ()
-    absent: tuple[str, ...] = ()  # parts that the project does not have
+    absent: tuple[str, ...] = ()
+    older: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def missing_seeds(self) -> list[int]:
         """Return the seeds that the experiment asks for and no record has; full precision has no seed."""
         if self.row.is_fp:
-            return [] if self.runs else [0]
-        return [seed for seed in self.row.seeds if seed not in self.runs]
+            return [] if self.runs or self.failed else [0]
+        ended = {record.seed for record in self.failed}
+        return [seed for seed in self.row.seeds if seed not in self.runs and seed not in ended]
+
+    @property
+    def lost(self) -> str:
+        """Return how many seeds ended without a result, as ``1 seed diverged``."""
+        return counted(record.status for record in self.failed)
+
+
+def counted(statuses: Iterable[str]) -> str:
+    """Return how many seeds ended in which way, as ``2 seeds diverged, 1 seed failed``."""
+    counts = sorted(Counter(statuses).items())
+    return ", ".join(f"{count} seed{'s' if count > 1 else ''} {status}" for status, count in counts)
 
 
 def find_rows(experiment: Experiment, records: Iterable[Record]) -> tuple[list[Found], list[Record]]:
@@ -44,22 +61,35 @@ def find_rows(experiment: Experiment, records: Iterable[Record]) -> tuple[list[F
         for row in experiment.rows
     ]
     measured = [record for found in by_row for record in found if record.status == "ok"]
-    kept, dropped = _measured_alike(measured)
+    alike, dropped = _measured_alike(measured)
+    current, left = newest_versions(alike)
+    kept = {record.hash: record for record in current}
     rows = []
     for row, found in zip(experiment.rows, by_row, strict=True):
-        runs = newest_by_seed(record for record in found if record.hash in kept)
-        failed = tuple(record for record in found if record.status != "ok" and record.seed not in runs)
-        rows.append(Found(row, runs, failed, tuple(missing_parts(row.words))))
+        runs = newest_by_seed(kept[record.hash] for record in found if record.hash in kept)
+        older = frozenset((name, record.hash) for record in found for name in left if record.hash in left[name])
+        rows.append(Found(row, runs, _ended(found, runs), tuple(missing_parts(row.words)), older))
     return rows, dropped
 
 
-def _measured_alike(records: Sequence[Record]) -> tuple[set[str], list[Record]]:
-    """Return the hashes of the records with the newest yardstick of their task, and the other records."""
+def _ended(found: Iterable[Record], runs: Mapping[int, Record]) -> tuple[Record, ...]:
+    """Return the newest record of every seed that has no finished one."""
+    ordered = sorted(found, key=lambda record: (date(record), record.hash))
+    return tuple(
+        {record.seed: record for record in ordered if record.seed not in runs and record.status != "ok"}.values()
+    )
+
+
+def _measured_alike(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """Return the records with the newest yardstick of their task, each once, and the other records."""
     newest: dict[str, Record] = {}
     for record in sorted(records, key=lambda record: (date(record), record.hash)):
         newest[record.task] = record
-    kept = {record.hash for record in records if _yardstick(record) == _yardstick(newest[record.task])}
-    return kept, list({record.hash: record for record in records if record.hash not in kept}.values())
+    kept, others = {}, {}
+    for record in records:
+        alike = _yardstick(record) == _yardstick(newest[record.task])
+        (kept if alike else others)[record.hash] = record
+    return list(kept.values()), list(others.values())
 
 
 def _yardstick(record: Record) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from edadm.comparison import Difference
+from edadm.comparison import Difference, versions_note
 from edadm.records import Record
 from edadm.report.claims import load as load_claims
 from edadm.report.experiment_file import SCALES, Experiment, Row
@@ -173,15 +173,36 @@ def _doubts(experiment: Experiment, metric: Metric) -> list[str]:
 def gaps(experiment: Experiment, rows: Sequence[Found]) -> list[Note]:
     """Return the commands that fill the gaps of an experiment: one for all where nothing has run."""
     able = [found for found in rows if not found.absent]
+    remarks = [*_ended(experiment, able), *_older(rows)]
     if able and not any(found.runs or found.failed for found in able if not found.row.is_fp):
-        return [Note("Nothing has run yet", experiment.whole_command)]
+        return [Note("Nothing has run yet", experiment.whole_command), *remarks]
     missing = [found for found in able if found.missing_seeds]
     notes = {}
     for found in missing:
         seeds = "" if found.row.is_fp else f", seed {', '.join(map(str, found.missing_seeds))}"
         command = experiment.command(found.row, () if found.row.is_fp else found.missing_seeds)
         notes[command] = Note(f"Not run: {run_label(experiment, found.row)}{seeds}", command)
+    return [*remarks, *notes.values()]
+
+
+def _ended(experiment: Experiment, rows: Sequence[Found]) -> list[Note]:
+    """Return how runs without a result ended; what diverged does so again, what failed may not."""
+    notes = {}
+    for found in rows:
+        for record in found.failed:
+            seed = "" if found.row.is_fp else f", seed {record.seed}"
+            reason = str(record.reason).splitlines()[0]
+            text = f"{record.status.capitalize()}: {run_label(experiment, found.row)}{seed}: {reason}"
+            command = experiment.command(found.row, () if found.row.is_fp else (record.seed,))
+            notes[text] = Note(text, command if record.status == "failed" else "")
     return list(notes.values())
+
+
+def _older(rows: Sequence[Found]) -> list[Note]:
+    left: dict[str, set[str]] = defaultdict(set)
+    for name, hash in (pair for found in rows for pair in found.older):
+        left[name].add(hash)
+    return [Note(f"{text}.") for text in versions_note(dict(sorted(left.items())))]
 
 
 def left_out(dropped: Sequence[Record]) -> list[Note]:
@@ -189,11 +210,8 @@ def left_out(dropped: Sequence[Record]) -> list[Note]:
     if not dropped:
         return []
     names = ", ".join(sorted(record.hash[:8] for record in dropped))
-    return [
-        Note(
-            f"Left out, measured with another checkpoint, other references or on another device than the newest record: {names}."
-        )
-    ]
+    otherwise = "with another checkpoint or other references, or on another device, than the newest record"
+    return [Note(f"Left out, measured {otherwise}: {names}.")]
 
 
 def _nearness(experiment: Experiment, rows: Sequence[Found]) -> Sheet | None:

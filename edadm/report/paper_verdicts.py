@@ -81,7 +81,13 @@ def _metric(
             compared.append(replace(one, verdict=one.verdict or NONE))
         else:
             compared.append(_with_effect(one, rows[against], printed[against], own, draws))
-    return Metric(name, own, tuple(compared))
+    return Metric(name, own, tuple(map(_with_lost_seeds, compared)))
+
+
+def _with_lost_seeds(one: Compared) -> Compared:
+    """Return a row whose verdict says how many seeds have no result: those that are left may be the lucky ones."""
+    lost = one.found.lost if one.found.runs else ""
+    return replace(one, verdict=f"{one.verdict} ({lost})") if lost else one
 
 
 def _valued(found: Found, cell: Cell | None, own: str | None) -> Compared:
@@ -90,7 +96,7 @@ def _valued(found: Found, cell: Cell | None, own: str | None) -> Compared:
     if own is None or not values:
         return Compared(found, cell, _absence(found))
     std = statistics.stdev(values) if len(values) > 1 and not found.row.is_fp else None
-    counts = {record.metrics.get(own, {}).get("n") for record in found.runs.values()}
+    counts = {record.metrics[own].get("n") for record in found.runs.values() if own in record.metrics}
     return Compared(found, cell, "", statistics.fmean(values), std, counts.pop() if len(counts) == 1 else None)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edadm.comparison import FEW_SEEDS, RESAMPLED, Draws, newest_by_seed
+from edadm.comparison import FEW_SEEDS, RESAMPLED, Draws, newest_by_seed, newest_versions, versions_note
 from edadm.records import Record, date, device_kind
 from edadm.report.contrasts import FULL_PRECISION, REFERENCE, Contrast, contrasts_of, winner
 from edadm.report.diff import flatten
@@ -134,9 +134,13 @@ def _table(
     reference: str,
 ) -> Table:
     """Build one table from its runs, the FP runs, and the runs at all bit widths that are otherwise alike."""
+    current, left = newest_versions(list({record.hash: record for record in [*full_precision, *group]}.values()))
+    full_precision = [record for record in current if record.is_fp]
+    group = [record for record in current if not record.is_fp] or full_precision
     first = group[0]
     quantized = [record for record in group if not record.is_fp]
     columns, notes = _columns([*full_precision, *quantized])
+    notes += [f"{text}." for text in versions_note(left)]
     missing: list[Missing] = []
     rows = [_fp_row(first, full_precision, columns, notes, missing)]
     absent = {base_label(record) for record in siblings} - {base_label(record) for record in quantized}

@@ -9,6 +9,7 @@ from edadm.report.experiment_file import load
 from edadm.report.paper_rows import find_rows, standard_words
 from edadm.report.published import changed_numbers
 from tests.report.paper_records import made, run_of, scored
+from tests.report.records_for_tests import metric
 
 ABLATION = load("table6_ablation")
 
@@ -145,7 +146,22 @@ def test_runs_on_another_device_are_left_out() -> None:
 def test_a_failed_run_is_kept_apart() -> None:
     failed = run_of(ABLATION.rows[0], status="diverged", reason="loss is nan")
     (found, *_) = find_rows(ABLATION, [failed])[0]
-    assert (dict(found.runs), found.failed, found.missing_seeds) == ({}, (failed,), [0, 1, 2])
+    assert (dict(found.runs), found.failed, found.missing_seeds) == ({}, (failed,), [1, 2])
+
+
+def test_seeds_that_diverged_beside_others_are_kept_apart_and_need_no_run() -> None:
+    runs = [run_of(ABLATION.rows[0], seed) for seed in (0, 1)]
+    lost = run_of(ABLATION.rows[0], 2, status="diverged", reason="loss is nan")
+    (found, *_) = find_rows(ABLATION, [*runs, lost])[0]
+    assert (sorted(found.runs), found.failed, found.missing_seeds) == ([0, 1], (lost,), [])
+    assert found.lost == "1 seed diverged"
+
+
+def test_results_of_an_older_version_of_a_metric_are_left_out() -> None:
+    old, new = (run_of(ABLATION.rows[0], v, {"fd_tiny": metric(1.0, version=1 + v)}) for v in (0, 1))
+    (found, *_) = find_rows(ABLATION, [old, new])[0]
+    assert [list(run.metrics) for run in found.runs.values()] == [[], ["fd_tiny"]]
+    assert found.older == {("fd_tiny", old.hash)}
 
 
 def test_a_part_that_is_not_there_is_named() -> None:

@@ -214,6 +214,15 @@ def test_runs_on_a_cpu_and_on_a_gpu_share_no_table() -> None:
     assert "; device cuda" in markdown(found[1:])
 
 
+def test_results_of_an_older_version_of_a_metric_are_left_out() -> None:
+    values = {0: (1.0, 1), 1: (5.0, 2), 2: (7.0, 2)}
+    records = [record(seed=seed, metrics={"x": metric(v, version=version)}) for seed, (v, version) in values.items()]
+    table = one([*records, fp(metrics={"x": metric(4.0, version=2)})])
+    assert cell(table, "edadm", "x").mean == 6.0
+    assert "x: 1 result of an older version of the metric left out." in table.notes
+    assert any(gap.what == "edadm, seed 0: x" for gap in table.missing)
+
+
 def test_of_two_records_of_a_seed_the_newest_counts() -> None:
     old = record(fd=1.0, hash="0" * 16, provenance={"date": "2026-01-01"})
     new = record(fd=2.0, hash="1" * 16, provenance={"date": "2026-02-01"})
