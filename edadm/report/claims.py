@@ -11,7 +11,7 @@ from typing import Any
 from edadm.checkout import root
 from edadm.comparison import newest_by_seed
 from edadm.errors import EdadmError
-from edadm.records import FP_METHOD, Record
+from edadm.records import FP_METHOD, Record, date
 from edadm.report import experiment_file
 from edadm.report.experiment_file import SCALES, missing_parts, same
 from edadm.report.published import is_published
@@ -88,16 +88,44 @@ def sides(claim: Claim, records: Iterable[Record]) -> dict[Group, tuple[Runs, Ru
 
     The demo profile speaks to no claim. Full precision is the same for every seed.
     """
-    found: dict[Group, tuple[list[Record], list[Record]]] = defaultdict(lambda: ([], []))
-    usable = [record for record in records if record.task in claim.tasks and record.profile != "demo"]
-    for record in usable:
-        for place, side in enumerate((claim.first, claim.second)):
-            if not record.is_fp and fits(record, side, claim.tasks[record.task]):
-                found[_group(record)][place].append(record)
+    usable = _usable(claim, records)
+    found = _by_side(claim, usable)
     pairs = {key: (newest_by_seed(first), newest_by_seed(second)) for key, (first, second) in found.items()}
     if claim.second["method"] == FP_METHOD:
         pairs = {key: (first, _full_precision(first, usable)) for key, (first, _) in pairs.items()}
     return {key: pair for key, pair in sorted(pairs.items()) if all(pair)}
+
+
+def lost_runs(claim: Claim, records: Iterable[Record]) -> dict[Group, list[Record]]:
+    """Return the runs that diverged or failed, one for each seed without a result, where both sides were tried."""
+    found = {}
+    for key, runs in _by_side(claim, _usable(claim, records)).items():
+        tried = runs[:1] if claim.second["method"] == FP_METHOD else runs
+        lost = [record for side in tried for record in _lost_of(side)]
+        if lost and all(tried):
+            found[key] = lost
+    return dict(sorted(found.items()))
+
+
+def _lost_of(side: Iterable[Record]) -> list[Record]:
+    runs = sorted(side, key=lambda record: (record.seed, date(record), record.hash))
+    done = {record.seed for record in runs if record.status == "ok"}
+    ended = {record.seed: record for record in runs if record.status in ("diverged", "failed")}
+    return [record for seed, record in ended.items() if seed not in done]
+
+
+def _usable(claim: Claim, records: Iterable[Record]) -> list[Record]:
+    return [record for record in records if record.task in claim.tasks and record.profile != "demo"]
+
+
+def _by_side(claim: Claim, records: Iterable[Record]) -> dict[Group, tuple[list[Record], list[Record]]]:
+    """Return the runs of both sides, finished or not, for each group of comparable records."""
+    found: dict[Group, tuple[list[Record], list[Record]]] = defaultdict(lambda: ([], []))
+    for record in records:
+        for place, side in enumerate((claim.first, claim.second)):
+            if not record.is_fp and fits(record, side, claim.tasks[record.task]):
+                found[_group(record)][place].append(record)
+    return found
 
 
 def _group(record: Record) -> Group:

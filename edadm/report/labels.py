@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from edadm.records import Record
@@ -15,6 +15,13 @@ from edadm.store import content_hash
 _NOT_THE_METHOD = frozenset(
     {"seed", "bits", "logger", "launcher", "sweep", "experiments", "hydra", "paths", "results", "device", "threads"}
 )
+_SHOWN_APART = {
+    "sampler": "{}",
+    "steps": "{} steps",
+    "eta": "eta {}",
+    "guidance": "guidance {}",
+    "device": "device {}",
+}
 # leaves of a config that say where a file or tensor lies; the protocol knows the content of the files
 PLACES = frozenset({"path", "first_stage", "prompts", "weights", "reference", "sha256", "cache"})
 
@@ -40,6 +47,37 @@ def by_label(records: Iterable[Record]) -> dict[str, list[Record]]:
         for extra, runs in zip(told_apart, variants.values()):
             labelled[f"{label} [{extra}]" if extra else label] = runs
     return labelled
+
+
+def sampling(record: Record) -> dict[str, Any]:
+    """Return how the images of a run were sampled: sampler, steps, eta and guidance scale, None where not known."""
+    part, guidance = record.protocol.get("sampler"), record.protocol.get("guidance")
+    if not isinstance(part, Mapping):
+        part = {"part": part, "steps": record.protocol.get("steps"), "eta": record.protocol.get("eta")}
+    chosen = record.config.get("sampler")
+    name = chosen.get("name") if isinstance(chosen, Mapping) else None
+    return {
+        "sampler": name or part.get("part"),
+        "steps": part.get("steps"),
+        "eta": part.get("eta"),
+        "guidance": guidance.get("scale") if isinstance(guidance, Mapping) else None,
+    }
+
+
+def apart(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return for each of some groups of runs the sampling and device in which it differs from the others, as text."""
+    differing = [name for name in _SHOWN_APART if len({one.get(name) for one in facts}) > 1]
+    return [", ".join(_shown(name, one.get(name)) for name in differing) for one in facts]
+
+
+def _shown(name: str, value: Any) -> str:
+    return f"no {name}" if value in (None, "") else _SHOWN_APART[name].format(value)
+
+
+def counted(statuses: Iterable[str]) -> str:
+    """Return how many seeds ended in which way, as ``2 seeds diverged, 1 seed failed``."""
+    counts = sorted(Counter(statuses).items())
+    return ", ".join(f"{count} seed{'s' if count > 1 else ''} {status}" for status, count in counts)
 
 
 def plain(obj: Any) -> Any:

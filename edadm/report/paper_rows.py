@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from edadm.checkout import root
 from edadm.comparison import newest_by_seed, newest_versions
 from edadm.records import Record, date, device_kind
 from edadm.report.experiment_file import Experiment, Row, missing_parts, same, text
-from edadm.report.labels import plain
+from edadm.report.labels import counted, plain
 from edadm.report.published import GIVEN, changed_numbers, choices, task_file, task_overrides, word_of
 from edadm.store import content_hash
 
@@ -41,12 +40,6 @@ class Found:
     def lost(self) -> str:
         """Return how many seeds ended without a result, as ``1 seed diverged``."""
         return counted(record.status for record in self.failed)
-
-
-def counted(statuses: Iterable[str]) -> str:
-    """Return how many seeds ended in which way, as ``2 seeds diverged, 1 seed failed``."""
-    counts = sorted(Counter(statuses).items())
-    return ", ".join(f"{count} seed{'s' if count > 1 else ''} {status}" for status, count in counts)
 
 
 def find_rows(experiment: Experiment, records: Iterable[Record]) -> tuple[list[Found], list[Record]]:
@@ -85,7 +78,8 @@ def _measured_alike(records: Sequence[Record]) -> tuple[list[Record], list[Recor
     newest: dict[str, Record] = {}
     for record in sorted(records, key=lambda record: (date(record), record.hash)):
         newest[record.task] = record
-    kept, others = {}, {}
+    kept: dict[str, Record] = {}
+    others: dict[str, Record] = {}
     for record in records:
         alike = _yardstick(record) == _yardstick(newest[record.task])
         (kept if alike else others)[record.hash] = record

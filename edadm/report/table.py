@@ -18,7 +18,7 @@ from edadm.comparison import FEW_SEEDS, RESAMPLED, Draws, newest_by_seed, newest
 from edadm.records import Record, date, device_kind
 from edadm.report.contrasts import FULL_PRECISION, REFERENCE, Contrast, contrasts_of, winner
 from edadm.report.diff import flatten
-from edadm.report.labels import base_label, by_label, plain
+from edadm.report.labels import apart, base_label, by_label, plain, sampling
 from edadm.report.missing import Missing, command, fp_command, missing_seeds
 from edadm.store import content_hash
 
@@ -97,7 +97,25 @@ def tables(
     families: dict[Group, list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda record: (record.hash, date(record))):
         families[family(record)].append(record)
-    return [table for key in sorted(families) for table in _family_tables(families[key], draws or {}, reference)]
+    found = [table for key in sorted(families) for table in _family_tables(families[key], draws or {}, reference)]
+    return _told_apart(found)
+
+
+def _told_apart(tables: Sequence[Table]) -> list[Table]:
+    """Return tables of which those with one heading say in what their sampling or device differs."""
+    named: dict[tuple[str, str], list[Table]] = defaultdict(list)
+    for table in tables:
+        named[table.heading, table.subtitle].append(table)
+    extras = {id(one): text for same in named.values() for one, text in zip(same, apart([t.facts for t in same]))}
+    return [_with_extra(table, extras[id(table)]) for table in tables]
+
+
+def _with_extra(table: Table, extra: str) -> Table:
+    if not extra:
+        return table
+    if table.subtitle:  # of the demo, whose heading is a warning
+        return replace(table, subtitle=f"{table.subtitle}, {extra}")
+    return replace(table, heading=f"{table.heading}, {extra}")
 
 
 def family(record: Record) -> Group:
@@ -191,6 +209,7 @@ def _facts(record: Record) -> dict[str, Any]:
         "n_images": record.n_images,
         "precision": record.precision,
         "device": device_kind(record),
+        **sampling(record),
     }
 
 

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from edadm.comparison import FEW_SEEDS, Design, Difference, Draws, deciding_design, difference
-from edadm.records import Record
-from edadm.report.claims import NO_WORSE, Claim, Claims, Runs, absent_parts, commands, experiment_command, sides
+from edadm.comparison import FEW_SEEDS, Design, Difference, Draws, deciding_design, difference, no_difference
+from edadm.records import Record, device_kind
+from edadm.report.claims import (
+    NO_WORSE,
+    Claim,
+    Claims,
+    Runs,
+    absent_parts,
+    commands,
+    experiment_command,
+    lost_runs,
+    sides,
+)
 from edadm.report.experiment_file import NOT_YET
+from edadm.report.labels import apart, base_label, counted, sampling
 from edadm.report.render import difference_decimals
 from edadm.report.sheet import Line, Note, Sheet
 from edadm.report.table import COMPARE, FEW_IMAGES
@@ -51,12 +62,21 @@ class Verdicts:
 
 def judge(claims: Claims, records: Iterable[Record], draws: Mapping[str, Draws]) -> Verdicts:
     """Hold every claim against every group of comparable records that has both of its sides."""
-    everything = [record for record in records if record.status == "ok"]
+    everything = list(records)
     verdicts: list[Verdict] = []
     not_run: list[tuple[Claim, tuple[str, ...]]] = []
     not_yet: list[tuple[Claim, tuple[str, ...]]] = []
     for claim in claims.claims:
-        found = [_verdict(claim, *pair, claims.fidelity, draws) for pair in sides(claim, everything).values()]
+        lost = lost_runs(claim, everything)
+        pairs = sides(claim, everything)
+        found = [
+            _verdict(claim, *pair, claims.fidelity, draws, _lost(lost.get(key, ()))) for key, pair in pairs.items()
+        ]
+        found += [
+            Verdict(claim, _facts(runs[0]), claim.metric, UNDECIDED, why=_lost(runs))
+            for key, runs in lost.items()
+            if key not in pairs
+        ]
         verdicts += found
         if found:
             continue
@@ -67,18 +87,26 @@ def judge(claims: Claims, records: Iterable[Record], draws: Mapping[str, Draws])
     return Verdicts(tuple(verdicts), tuple(not_run), tuple(not_yet))
 
 
-def _verdict(claim: Claim, first: Runs, second: Runs, fidelity: Sequence[str], draws: Mapping[str, Draws]) -> Verdict:
+def _lost(runs: Iterable[Record]) -> str:
+    """Return how many seeds of each method have no result; those that are left may be the lucky ones."""
+    by_method: dict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        by_method[base_label(run)].append(run.status)
+    return "; ".join(f"{label}: {counted(statuses)}" for label, statuses in by_method.items())
+
+
+def _verdict(
+    claim: Claim, first: Runs, second: Runs, fidelity: Sequence[str], draws: Mapping[str, Draws], lost: str
+) -> Verdict:
     group = _facts(next(iter(first.values())))
     metric = next((name for name in claim.metrics if _has(first, name) and _has(second, name)), None)
     if metric is None:
-        return Verdict(
-            claim, group, claim.metric, UNDECIDED, why=f"the records have none of {', '.join(claim.metrics)}"
-        )
+        why = f"the records have none of {', '.join(claim.metrics)}"
+        return Verdict(claim, group, claim.metric, UNDECIDED, why=_joined(why, lost))
     found = difference(first, second, metric, draws)
     if found is None:
-        shared = first.keys() & second.keys()
-        why = f"no interval before `{COMPARE}`" if shared else "the sides share no seed"
-        return Verdict(claim, group, metric, UNDECIDED, why=why)
+        why = no_difference(first, second, metric) or f"no interval before `{COMPARE}`"
+        return Verdict(claim, group, metric, UNDECIDED, why=_joined(why, lost))
     better = _direction(first, metric)
     outcome = decide(found, better, claim)
     design = None
@@ -88,7 +116,12 @@ def _verdict(claim: Claim, first: Runs, second: Runs, fidelity: Sequence[str], d
         name: _nearness(difference(first, second, name, draws), _direction(first, name), claim) for name in fidelity
     }
     why = f"{len(found.seeds)} of {FEW_SEEDS} seeds" if len(found.seeds) < FEW_SEEDS else ""
-    return Verdict(claim, group, metric, outcome, found, why, design, {k: v for k, v in nearness.items() if v})
+    known = {name: text for name, text in nearness.items() if text}
+    return Verdict(claim, group, metric, outcome, found, _joined(why, lost), design, known)
+
+
+def _joined(*texts: str) -> str:
+    return "; ".join(text for text in texts if text)
 
 
 def decide(found: Difference, better: int, claim: Claim) -> str:
@@ -127,10 +160,10 @@ def _direction(runs: Runs, metric: str) -> int:
 
 
 def _facts(record: Record) -> dict[str, Any]:
-    sampler = record.protocol.get("sampler")
     return {
         "task": record.task,
-        "steps": sampler.get("steps") if isinstance(sampler, dict) else record.protocol.get("steps"),
+        **sampling(record),
+        "device": device_kind(record),
         "scope": record.scope,
         "preset": record.preset,
         "profile": record.profile,
@@ -144,7 +177,17 @@ def verdict_sheets(judged: Verdicts) -> list[Sheet]:
     groups: dict[tuple[Any, ...], list[Verdict]] = defaultdict(list)
     for one in judged.verdicts:
         groups[tuple(one.group.values())].append(one)
-    return [*map(_sheet, groups.values()), _summary(judged)]
+    sheets = [_sheet(found) for found in groups.values()]
+    extras = _extras(sheets, [found[0].group for found in groups.values()])
+    told_apart = [replace(one, heading=f"{one.heading}{extra}") for one, extra in zip(sheets, extras, strict=True)]
+    return [*told_apart, _summary(judged)]
+
+
+def _extras(sheets: Sequence[Sheet], facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what the headings need that are equal without it: sampling and device as far as they differ."""
+    alike = [[other for one, other in zip(sheets, facts) if one.heading == sheet.heading] for sheet in sheets]
+    texts = [apart([own, *others])[0] for own, others in zip(facts, alike, strict=True)]
+    return [f", {text}" if text else "" for text in texts]
 
 
 def _sheet(verdicts: Sequence[Verdict]) -> Sheet:
@@ -176,7 +219,7 @@ def _line(verdict: Verdict) -> Line:
         low, high = found.interval
         interval = f"[{low:+.{decimals}f}, {high:+.{decimals}f}]"
         numbers = (f"{found.value:+.{decimals}f}", interval, str(found.n), str(len(found.seeds)))
-        wanted = "; ".join(text for text in (verdict.why, str(verdict.design or "")) if text)
+        wanted = _joined(verdict.why, str(verdict.design or ""))
     nearness = ", ".join(f"{name} {SHORT[outcome]}" for name, outcome in verdict.fidelity.items())
     cells = (f"{claim.id}: {claim.statement}", f"{claim.source}, {claim.metric}", verdict.outcome, verdict.metric)
     return Line((*cells, *numbers, wanted, nearness))

@@ -223,6 +223,19 @@ def test_results_of_an_older_version_of_a_metric_are_left_out() -> None:
     assert any(gap.what == "edadm, seed 0: x" for gap in table.missing)
 
 
+def test_tables_of_other_samplers_have_other_headings() -> None:
+    def sampled(**protocol: object) -> Record:
+        return record(protocol={"sampler": protocol.pop("sampler", "ddim"), "steps": 20} | protocol, config=protocol)
+
+    headings = [
+        table.heading for table in tables([sampled(), sampled(sampler="plms"), sampled(guidance={"scale": 3.0})])
+    ]
+    shared = "toy, W4A8, scope full, preset released, profile reference, n=2048"
+    assert sorted(headings) == [
+        f"{shared}, {end}" for end in ("ddim, guidance 3.0", "ddim, no guidance", "plms, no guidance")
+    ]
+
+
 def test_of_two_records_of_a_seed_the_newest_counts() -> None:
     old = record(fd=1.0, hash="0" * 16, provenance={"date": "2026-01-01"})
     new = record(fd=2.0, hash="1" * 16, provenance={"date": "2026-02-01"})

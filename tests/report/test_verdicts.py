@@ -132,6 +132,35 @@ def test_each_group_of_comparable_records_has_its_own_verdict() -> None:
     assert found == {20: SUPPORTED, 50: CONTRADICTED}
 
 
+def test_sheets_of_other_samplers_have_other_headings() -> None:
+    records = []
+    for name, scale in (("ddim", 1.0), ("plms", 1.0), ("plms", 3.0)):
+        protocol = {"sampler": {"part": name, "steps": 20}, "guidance": {"scale": scale}}
+        given = {"protocol": protocol, "config": {"sampler": {"name": name}, "scale": scale}}
+        records += [*runs("edadm", [10.0] * 3, **given), *runs("rtn", [20.0] * 3, **given)]
+    sheets = verdict_sheets(judged(records))[:-1]
+    ends = [sheet.heading.rpartition("n=2048")[2] for sheet in sheets]
+    assert sorted(ends) == [
+        f", {name}, guidance {scale}" for name, scale in (("ddim", 1.0), ("plms", 1.0), ("plms", 3.0))
+    ]
+    assert {len(sheet.lines) for sheet in sheets} == {1}
+
+
+def test_a_verdict_says_how_many_seeds_diverged() -> None:
+    lost = [record("edadm", seed, status="diverged", reason="nan", metrics={}) for seed in (3, 4)]
+    both = [*runs("edadm", [10.0, 10.1, 10.2]), *runs("rtn", [20.0, 20.1, 20.2])]
+    assert (only([*both, *lost]).outcome, only([*both, *lost]).why) == (SUPPORTED, "edadm: 2 seeds diverged")
+    found = judged([*lost, *runs("rtn", [20.0])])
+    assert [(one.outcome, one.why) for one in found.verdicts] == [(UNDECIDED, "edadm: 2 seeds diverged")]
+    assert found.not_run == ()
+    assert judged(lost).verdicts == ()  # nothing of the other side was tried
+
+
+def test_two_versions_of_a_metric_are_the_reason() -> None:
+    sides = [record(m, metrics={"fd_tiny": metric(1.0, version=v)}) for m, v in (("edadm", 1), ("rtn", 2))]
+    assert only(sides).why == "fd_tiny was measured in versions 1, 2: run the older ones again"
+
+
 def test_claims_without_records_are_not_run_or_not_available_yet() -> None:
     here = claim("qdiffusion", tasks={"cifar10_tiny": {}})
     elsewhere = claim("no_such_method", tasks={"no_such_task": {}}, id="II-1")
