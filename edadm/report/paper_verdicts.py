@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from edadm.comparison import Difference, Draws, difference
 from edadm.records import Record
 from edadm.report import paper
-from edadm.report.experiment_file import NOT_YET, SCALES, Experiment
+from edadm.report.experiment_file import FP, NOT_YET, SCALES, Experiment
 from edadm.report.paper import COSTS, FRIENDLY, Cell
 from edadm.report.paper_rows import Found
 
-TOLERANCE = 0.05  # relative, of a printed number without a spread
+TOLERANCE = 0.05  # relative, of a printed distance, which has no spread
+WITH_TOLERANCE = ("fid", "sfid")
 REPRODUCED, DIFFERS, NOT_RUN = "reproduced", "differs", "not run"
 SAME_DIRECTION, OPPOSITE, UNDECIDED = "same direction", "opposite direction", "undecided"
 REFERENCE, NOT_MEASURED, NONE = "reference row", "not measured", "–"
@@ -76,7 +77,8 @@ def _metric(
         against = None if reference is None else place[id(reference)]
         one = _valued(found, cell, own)
         if experiment.scale != SCALES[0]:
-            compared.append(replace(one, verdict=one.verdict or level_verdict(one, own, _printed_fp(cells, cell))))
+            verdict = level_verdict(one, own, _printed_fp(cells, cell), _to_fp(found, rows, own, draws))
+            compared.append(replace(one, verdict=one.verdict or verdict))
         elif against is None:
             compared.append(replace(one, verdict=one.verdict or NONE))
         else:
@@ -171,23 +173,50 @@ def _sign(value: float) -> int:
     return (value > 0) - (value < 0)
 
 
-def level_verdict(one: Compared, own: str | None, printed_fp: Cell | None) -> str:
+def level_verdict(one: Compared, own: str | None, printed_fp: Cell | None, to_fp: Difference | None = None) -> str:
     """Return whether a printed number is reproduced, at equal numbers of images.
 
-    It is where ours is within 5 % of it, since the paper gives no spread, or where the printed difference to full
-    precision lies in our paired interval of that difference.
+    A distance (FID, sFID) is where ours is within 5 % of it, since the paper gives no spread; any metric is where the
+    printed difference to full precision lies in our paired interval of that difference; a cost, which has no error, is
+    where it rounds to the printed digits. to_fp: our difference by the draws; without it that of the records counts.
     """
     cell = one.printed
     if cell is None or cell.number is None or one.mean is None or own is None:
         return NONE
-    if own not in COSTS and cell.images is not None and one.n != cell.images:
+    if own in COSTS:
+        return REPRODUCED if _rounds_to(one.mean, cell.value) else DIFFERS
+    if cell.images is not None and one.n != cell.images:
         return f"{UNDECIDED} at n={one.n}: printed for n={cell.images}"
-    if abs(one.mean - cell.number) <= TOLERANCE * abs(cell.number):
+    if own in WITH_TOLERANCE and abs(one.mean - cell.number) <= TOLERANCE * abs(cell.number):
         return REPRODUCED
-    paired = [record.metrics.get(own, {}).get("difference_to_fp") for record in one.found.runs.values()]
-    intervals = [found["interval"] for found in paired if found and found.get("interval")]
-    to_fp = _printed_difference(cell, printed_fp)
-    return REPRODUCED if to_fp is not None and any(low <= to_fp <= high for low, high in intervals) else DIFFERS
+    printed = _printed_difference(cell, printed_fp)
+    if printed is None:
+        return DIFFERS if own in WITH_TOLERANCE else f"{UNDECIDED}: no printed difference to FP"
+    intervals = _intervals_to_fp(one.found, own) if to_fp is None else [to_fp.interval]
+    if not intervals:
+        return f"{UNDECIDED}: no interval of the difference to FP"
+    return REPRODUCED if any(low <= printed <= high for low, high in intervals) else DIFFERS
+
+
+def _rounds_to(value: float, printed: str) -> bool:
+    decimals = len(printed.partition(".")[2])
+    return abs(value - float(printed)) <= 0.5 * 10**-decimals + 1e-9
+
+
+def _intervals_to_fp(found: Found, own: str) -> list[tuple[float, float]]:
+    """Return the intervals that the records themselves have, one for each seed."""
+    paired = [record.metrics.get(own, {}).get("difference_to_fp") for record in found.runs.values()]
+    return [(one["interval"][0], one["interval"][1]) for one in paired if one and one.get("interval")]
+
+
+def _to_fp(found: Found, rows: Sequence[Found], own: str | None, draws: Mapping[str, Draws]) -> Difference | None:
+    """Return the paired difference of a row to the full-precision row of its task and sampler, by the draws."""
+    words = {**found.row.words, "method": FP}
+    for other in rows:
+        if own is not None and other.row.is_fp and other.runs and other.row.words.items() <= words.items():
+            fp = next(iter(other.runs.values()))
+            return difference(found.runs, dict.fromkeys(found.runs, fp), own, draws)
+    return None
 
 
 def _printed_fp(cells: Iterable[Cell], cell: Cell | None) -> Cell | None:

@@ -98,14 +98,21 @@ def test_a_row_that_cannot_run_yet_keeps_its_printed_number() -> None:
     assert found.printed is not None and found.printed.number == 10.75
 
 
-def level(ours: float, n: int | None = 50000, paired: list[float] | None = None, printed: str = "10.00") -> str:
-    """The verdict on a printed 10.00, whose full precision is 9.00."""
-    cell = Cell("I", "1", "task", "EDA-DM", "W4A8", "FID", printed, "50000", "")
-    fp = Cell("I", "0", "task", "FP", "", "FID", "9.00", "50000", "")
+def level(
+    ours: float,
+    n: int | None = 50000,
+    paired: list[float] | None = None,
+    printed: str = "10.00",
+    name: str = "fid",
+    drawn: float | None = None,
+) -> str:
+    """The verdict on a printed 10.00, whose full precision is 9.00; drawn: our difference to it by the draws."""
+    cell = Cell("I", "1", "task", "EDA-DM", "W4A8", name, printed, "50000", "")
+    fp = Cell("I", "0", "task", "FP", "", name, "9.00", "50000", "")
     extra = {"difference_to_fp": {"value": 1.0, "interval": paired}} if paired else {}
-    run = run_of(TINY.rows[0], metrics={"fid": metric(ours, n=50000, **extra)})
+    run = run_of(TINY.rows[0], metrics={name: metric(ours, n=50000, **extra)})
     found = Found(Row({}, {}, (0,)), {0: run})
-    return verdicts.level_verdict(verdicts.Compared(found, cell, "", mean=ours, n=n), "fid", fp)
+    return verdicts.level_verdict(verdicts.Compared(found, cell, "", mean=ours, n=n), name, fp, drawn and effect(drawn))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +120,15 @@ def level(ours: float, n: int | None = 50000, paired: list[float] | None = None,
     [
         (10.5, {}, "reproduced"),  # 5 %
         (9.5, {}, "reproduced"),
-        (10.51, {}, "differs"),
+        (10.51, {}, "undecided: no interval of the difference to FP"),
+        (10.01, {"name": "is"}, "undecided: no interval of the difference to FP"),  # the tolerance is for distances
+        (10.51, {"name": "is", "paired": [0.9, 1.1]}, "reproduced"),
+        (10.51, {"name": "sfid", "paired": [1.1, 1.3]}, "differs"),
+        (10.49, {"name": "sfid"}, "reproduced"),
+        (12.0, {"drawn": 1.0, "paired": [1.1, 1.3]}, "reproduced"),  # by the draws, where there are any
+        (12.0, {"drawn": 2.0, "paired": [0.9, 1.1]}, "differs"),
+        (10.004, {"name": "ModelSize_MB", "n": None}, "reproduced"),
+        (10.01, {"name": "ModelSize_MB", "n": None}, "differs"),
         (12.0, {"paired": [0.9, 1.1]}, "reproduced"),  # the printed difference to full precision is 1.00
         (12.0, {"paired": [1.1, 1.3]}, "differs"),
         (10.0, {"n": 2000}, "undecided at n=2000: printed for n=50000"),
@@ -125,6 +140,30 @@ def test_a_level_is_reproduced_within_the_tolerance_or_the_paired_interval(
     ours: float, more: dict[str, Any], verdict: str
 ) -> None:
     assert level(ours, **more) == verdict
+
+
+def test_full_precision_has_no_interval_to_itself() -> None:
+    cell = Cell("I", "0", "task", "FP", "", "FID", "9.00", "50000", "")
+    found = Found(Row({"method": "fp"}, {}, (0,)), {0: run_of(TINY.rows[0], metrics={"fid": metric(9.6, n=50000)})})
+    one = verdicts.Compared(found, cell, "", mean=9.6, n=50000)
+    assert verdicts.level_verdict(one, "fid", None) == "differs"
+    assert verdicts.level_verdict(one, "is", None) == "undecided: no printed difference to FP"
+
+
+def test_the_interval_of_a_level_comes_from_the_draws() -> None:
+    table = load("table1_cifar10", "paper")
+    fp, row = table.rows[0], next(row for row in table.rows if row.run.get("method") == "edadm")
+    runs = [run_of(fp, 0, {"fid": metric(8.0, n=50000)})]
+    runs += [run_of(row, seed, {"fid": metric(8.1 + seed / 100, n=50000)}) for seed in range(3)]
+    draws = {run.hash: draws_of(run, "fid") for run in runs}
+
+    def verdict(draws: Mapping[str, Draws]) -> str:
+        rows, _ = find_rows(table, runs)
+        (fid,) = [one for one in verdicts.compare(table, rows, draws) if one.name == "FID"]
+        return next(one.verdict for one in fid.rows if one.found.row.run == row.run)
+
+    assert verdict({}) == "undecided: no interval of the difference to FP"
+    assert verdict(draws) in ("reproduced", "differs")
 
 
 def test_the_label_of_friendliness_is_compared_as_a_word() -> None:
