@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from edadm.diagnostics.files import Diagnostic
@@ -21,7 +22,9 @@ FIGURES: dict[str, Draw] = {
     "fig5": fig5,
     "fig10": fig10,
     "fig11": fig11,
-    "samples": samples,
+    "fig7": partial(samples, name="fig7_imagenet_samples"),
+    "fig8": partial(samples, name="fig8_coco_samples"),
+    "fig9": partial(samples, name="fig9_drawbench_samples"),
     "soft_rounding": soft_rounding,
     "sqnr": sqnr,
 }

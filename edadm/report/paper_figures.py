@@ -82,8 +82,11 @@ def _lambda_panel(axes: Any, line: Sequence[tuple[float, list[Record]]], name: s
 
 
 @styled
-def samples(records: Sequence[Record], diagnostics: Sequence[Diagnostic], folder: Path) -> list[Path]:
-    """Draw the sample grids of the runs below each other: full precision above each quantized run, equal noise."""
+def samples(records: Sequence[Record], diagnostics: Sequence[Diagnostic], folder: Path, name: str) -> list[Path]:
+    """Draw the sample grids of the runs below each other: full precision above each quantized run, equal noise.
+
+    name: of the file, since figures of the paper share an embedded task.
+    """
     from matplotlib.image import imread
 
     grids = [(record, Path(record.outputs[GRID])) for record in records if GRID in record.outputs]
@@ -98,5 +101,4 @@ def samples(records: Sequence[Record], diagnostics: Sequence[Diagnostic], folder
         axes.set_axis_off()
         bits = "full precision" if record.is_fp else f"W{record.bits.weight}A{record.bits.act}"
         axes.set_title(f"{base_label(record)}, {bits}, {record.task}, seed {record.seed}", loc="left")
-    tasks = "_".join(sorted({record.task for record, _ in pictures}))
-    return save(figure, folder / f"samples_{tasks}.png")
+    return save(figure, folder / f"{name}.png")
