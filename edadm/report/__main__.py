@@ -17,7 +17,7 @@ from edadm.records import Record, read_all
 from edadm.report import claims, experiment_file, experiment_report, sheet
 from edadm.report.diff import locate, render_diff
 from edadm.report.figures import STEP_CURVE, step_curves
-from edadm.report.ranks import rank_lines, rank_sheets, ranks
+from edadm.report.ranks import no_contest, rank_lines, rank_sheets, ranks
 from edadm.report.render import csv, latex, markdown, page
 from edadm.report.table import tables
 from edadm.report.verdicts import judge, verdict_lines, verdict_sheets
@@ -62,7 +62,9 @@ def report(options: argparse.Namespace) -> str:
         return _output(text, "verdicts", options)
     if options.ranks:
         standings = ranks(records, draws)
-        text = sheet.write(rank_sheets(standings), rank_lines(standings), options.format, "edadm: wins")
+        text = sheet.write(
+            rank_sheets(standings) or [no_contest(records)], rank_lines(standings), options.format, "edadm: wins"
+        )
         return _output(text, "ranks", options)
     chosen, waiting = _select(records, options.experiment, folders)
     name = re.sub(r"[^\w.=,-]", "_", options.experiment or "report")

@@ -123,6 +123,18 @@ def rank_sheets(standings: Iterable[Standing]) -> list[Sheet]:
     ]
 
 
+def no_contest(records: Iterable[Record]) -> Sheet:
+    """Return why there is no standing at all."""
+    done = [record for record in records if record.status == "ok" and not record.is_fp]
+    if not done:
+        why = "no finished run of a quantized model"
+    elif all(record.profile == "demo" for record in done):
+        why = "the demo profile takes no part, its images are too few"
+    else:
+        why = "no two methods as published have a run of the same task, bit width, profile and seed"
+    return Sheet(f"no contest: {why}", (), ())
+
+
 def rank_lines(standings: Iterable[Standing]) -> list[dict[str, Any]]:
     """Return a line for each standing, for CSV."""
     return [asdict(one) for one in standings]

@@ -110,10 +110,6 @@ def latex(sheets: Sequence[Sheet]) -> str:
 
 
 def _latex(sheet: Sheet) -> str:
-    rows = [
-        " & ".join(rf"\textbf{{{_tex(text)}}}" if i in line.bold else _tex(text) for i, text in enumerate(line.cells))
-        for line in sheet.lines
-    ]
     notes = [f"{note.text}: {note.command}" if note.command else note.text for note in sheet.notes]
     caption = ". ".join(_tex(text) for text in (sheet.heading, sheet.subtitle) if text)
     return "\n".join(
@@ -121,19 +117,29 @@ def _latex(sheet: Sheet) -> str:
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{caption}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(sheet.header) - 1)}}}",
-            r"\toprule",
-            " & ".join(map(_tex, sheet.header)) + r" \\",
-            r"\midrule",
-            *[row + r" \\" for row in rows],
-            r"\bottomrule",
-            r"\end{tabular}",
+            *(_tabular(sheet) if sheet.header else []),
             r"\par\footnotesize",
             *[_tex(note) + r"\\" for note in notes],
             r"\end{table}",
             "",
         ]
     )
+
+
+def _tabular(sheet: Sheet) -> list[str]:
+    rows = [
+        " & ".join(rf"\textbf{{{_tex(text)}}}" if i in line.bold else _tex(text) for i, text in enumerate(line.cells))
+        for line in sheet.lines
+    ]
+    return [
+        rf"\begin{{tabular}}{{l{'r' * (len(sheet.header) - 1)}}}",
+        r"\toprule",
+        " & ".join(map(_tex, sheet.header)) + r" \\",
+        r"\midrule",
+        *[row + r" \\" for row in rows],
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
 
 
 def _tex(text: str) -> str:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from edadm.records import Record
-from edadm.report.ranks import Standing, rank_lines, rank_sheets, ranks
+from edadm.report.ranks import Standing, no_contest, rank_lines, rank_sheets, ranks
 from edadm.report.sheet import markdown
 from tests.report.records_for_tests import fp, record, resampled
 
@@ -52,6 +52,13 @@ def test_ablations_the_demo_and_methods_without_a_rival_take_no_part() -> None:
         record("brecq", fd=20.0, config={"load": "folder"}),
     ]
     assert standings(records) == {}
+
+
+def test_without_a_contest_the_reason_is_told() -> None:
+    demo = {"profile": "demo", "n_images": 256}
+    assert no_contest([]).heading == "no contest: no finished run of a quantized model"
+    assert no_contest([fp(), record(**demo)]).heading.startswith("no contest: the demo profile takes no part")
+    assert no_contest([record()]).heading.startswith("no contest: no two methods as published")
 
 
 def test_presets_are_counted_apart_and_methods_with_most_wins_come_first() -> None:

@@ -46,3 +46,8 @@ def test_csv_holds_the_lines_as_they_are() -> None:
 @pytest.mark.parametrize("style", ["markdown", "latex", "html"])
 def test_several_sheets_follow_each_other(style: str) -> None:
     assert write([SHEET, SHEET], [], style, "t").count("read this") == 2
+
+
+def test_a_sheet_without_columns_is_no_tabular() -> None:
+    text = write([Sheet("no contest", (), (), (Note("why"),))], [], "latex", "t")
+    assert "tabular" not in text and "why" in text and text.count("table}") == 2
