@@ -138,17 +138,22 @@ def _parts(place: str, pipeline: Any, components: frozenset[str], configs: Mappi
     if class_name not in CALLS:
         raise EdadmError(f"{place}: its denoiser is a {class_name}, known are {', '.join(CALLS)}")
     config = {**_defaults(class_name), **config}
-    decoder = next(((name, configs[name]) for name in DECODERS if name in configs), None)
+    decoder = next(((name, _complete(configs[name])) for name in DECODERS if name in configs), None)
     parts = Parts(place, pipeline, denoisers[0], class_name, config, configs["scheduler"], decoder, components)
     _check_channels(parts)
     return parts
 
 
+def _complete(config: Config) -> Config:
+    """Return a configuration with what its class takes where it does not say, such as an autoencoder's factor."""
+    return {**_defaults(str(config.get("_class_name"))), **config}
+
+
 def _defaults(class_name: str) -> dict[str, Any]:
-    """Return what a class of diffusers takes where a configuration does not say."""
+    """Return what a class takes where a configuration does not say, nothing for one that diffusers does not have."""
     import diffusers
 
-    taken = inspect.signature(getattr(diffusers, class_name).__init__).parameters.values()
+    taken = inspect.signature(getattr(diffusers, class_name, object).__init__).parameters.values()
     return {argument.name: argument.default for argument in taken if argument.default is not argument.empty}
 
 

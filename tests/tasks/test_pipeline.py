@@ -188,6 +188,17 @@ def test_latents_are_unscaled_as_their_autoencoder_says() -> None:
     assert PipelineDecoder(own, lambda: None)._unscaled(latents).flatten().tolist() == [3.0, -4.0]
 
 
+def test_what_an_autoencoder_does_not_say_is_what_its_class_takes(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """vae/config.json of Stable Diffusion v1.4 on the hub has no scaling_factor."""
+    folder = copy_of(saved("stable_diffusion"), tmp_path / "pipeline")
+    file = folder / "vae" / "config.json"
+    early = {name: value for name, value in json.loads(file.read_text()).items() if name != "scaling_factor"}
+    file.write_text(json.dumps(early))
+    decoder = pipeline(str(folder)).decoder
+    assert isinstance(decoder, PipelineDecoder)
+    assert torch.allclose(decoder._unscaled(torch.ones(1, 4, 1, 1)), torch.tensor(1 / 0.18215))
+
+
 def test_packing_is_undone_by_unpacking() -> None:
     class Tokens(torch.nn.Module):
         def forward(self, hidden_states, timestep, img_ids, txt_ids, encoder_hidden_states):
