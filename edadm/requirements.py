@@ -5,11 +5,12 @@ Takes seconds; nothing is downloaded, and no weights are read but those of an em
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,17 @@ def task_without_download(settings: Settings) -> Task:
     for name in ("path", "first_stage"):
         given = part.get(name)
         if given is not None and weights.is_hub_name(given):
-            place = weights.local(given)
+            place = weights.local(given, _files_of(part["_target_"], name))
             part[name] = None if place is None else str(place)
     task: Task = build_part(part)
     return task
+
+
+def _files_of(target: str, name: str) -> Sequence[str]:
+    """Return what the task of a function reads of a hub repository that one of its arguments names."""
+    module = importlib.import_module(target.rpartition(".")[0])
+    files: Mapping[str, Sequence[str]] = getattr(module, "PARTS", {})
+    return files.get(name, ())
 
 
 def _device(settings: Settings) -> str:

@@ -17,7 +17,7 @@ from edadm.tasks.base import Task, load_unet2d
 from edadm.tasks.ddim_checkpoint import CIFAR10, load_checkpoint
 from edadm.tasks.latent import bands, shape_of
 
-PARTS = ("config.json", "diffusion_pytorch_model.*")
+PARTS = {"path": ("config.json", "diffusion_pytorch_model.*")}
 GIGABYTES = 0.2
 
 
@@ -34,7 +34,7 @@ def cifar10_ddim(
     """
     return Task(
         name="cifar10_ddim",
-        weights=weights.fetched(path, PARTS, GIGABYTES),
+        weights=weights.fetched(path, PARTS["path"], GIGABYTES),
         sample_shape=shape_of(sample_shape),
         load=lambda place: load_denoiser(place, config),
         expected_band=bands(expected),

@@ -21,9 +21,13 @@ from edadm.tasks.latent import FirstStage, bands, shape_of
 from edadm.tasks.model_folder import DOWNSCALE_FREQ_SHIFT, load_model
 from edadm.tasks.released import CONDITIONS, as_released
 
-PARTS = tuple(
-    f"{part}/{file}" for part in ("transformer", "vae") for file in ("config.json", "diffusion_pytorch_model.*")
-)
+# what is read of a hub repository, for each entry that may name one
+PARTS = {
+    "path": tuple(
+        f"{part}/{file}" for part in ("transformer", "vae") for file in ("config.json", "diffusion_pytorch_model.*")
+    ),
+    "first_stage": ("config.json", "diffusion_pytorch_model.safetensors"),
+}
 GIGABYTES = 3.4
 GUIDED_CHANNELS = 3  # of four: golden README, ldm, 6.3
 
@@ -45,8 +49,8 @@ def imagenet_dit(
     sample_shape: (4, h, w) of a latent. classes: their number, which is also the null label. params: of an original
     checkpoint file. The rest is as in `edadm.tasks.latent.latent_task`.
     """
-    where = weights.fetched(path, PARTS, GIGABYTES)
-    apart = weights.fetched(first_stage, ("config.json", "diffusion_pytorch_model.safetensors"), 0.3)
+    where = weights.fetched(path, PARTS["path"], GIGABYTES)
+    apart = weights.fetched(first_stage, PARTS["first_stage"], 0.3)
 
     def autoencoder() -> Path:
         if apart is not None:

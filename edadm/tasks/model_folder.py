@@ -17,6 +17,7 @@ from torch import nn
 from edadm.errors import EdadmError
 from edadm.tasks.checkpoint_file import read_file, state_dict
 from edadm.tasks.conversion import Source, convert, fill
+from edadm.tasks.weights import other_weights
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "VQModel", "AutoencoderKL")
 ATTENTION_HEADS = "edadm_attention_heads"
@@ -68,6 +69,7 @@ def load_model(folder: str | Path, **config: Any) -> nn.Module:
         if not file.is_file():
             inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
             hint = f"; {folder} holds {', '.join(inner)}, each in a folder of its own" if inner else ""
+            hint += other_weights(folder) if file is weights else ""
             raise EdadmError(f"{file} is missing: give a folder saved by save_pretrained with safetensors{hint}")
     try:
         saved = json.loads(config_file.read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ from edadm.tasks.pipeline_calls import CALLS
 
 logger = logging.getLogger(__name__)
 
-INDEX = "model_index.json"
+INDEX = weights.INDEX
 DECODERS = ("vae", "vqvae")
 _DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -69,19 +69,20 @@ def fetched(path: str) -> Path:
     Raises EdadmError when it is not possible, with the ways around it.
     """
     found = weights.local(path)
-    if found is not None and (not weights.is_hub_name(path) or (found / INDEX).exists()):
+    if found is not None:
         return found
     from diffusers import DiffusionPipeline
 
     logger.info("model.path=%s: downloading the pipeline from the hub", path)
     try:
-        return Path(DiffusionPipeline.download(path))
+        folder = Path(DiffusionPipeline.download(path))
     except Exception as error:  # the client raises those of its transport, whose types depend on its version
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EdadmError(
             f"model.path={path} is no folder here, and it could not be fetched from the hub ({reason}). Give the path "
             f"of a local copy, or fetch it where there is a network: hf download {path}"
         ) from error
+    return weights.whole(path, folder)
 
 
 def of_folder(folder: Path) -> Parts:
@@ -188,6 +189,7 @@ def load_part(folder: Path, name: str, class_name: str | None = None) -> nn.Modu
     kind = getattr(diffusers, class_name or str(config.get("_class_name")), None)
     if kind is None:
         raise EdadmError(f"{place} holds a {config.get('_class_name')}, which this version of diffusers does not have")
+    weights.refuse_variants(place)
     few = importlib.util.find_spec("accelerate") is not None
     try:
         model, found = kind.from_pretrained(

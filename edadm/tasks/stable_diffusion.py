@@ -27,15 +27,17 @@ from edadm.tasks.ldm_checkpoint import (
 from edadm.tasks.released import CONDITIONS, as_released
 
 # the files of a pipeline that are read, of which a hub name is downloaded
-PARTS = (
-    "unet/config.json",
-    "unet/diffusion_pytorch_model.safetensors",
-    "vae/config.json",
-    "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/config.json",
-    "text_encoder/model.safetensors",
-    "tokenizer/*",
-)
+PARTS = {
+    "path": (
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/*",
+    ),
+}
 GIGABYTES = 4.3
 
 
@@ -68,7 +70,7 @@ def text_task(
     eighth of the image. calibration_conditions: see `edadm.tasks.released`. expected: metric -> [value, deviation] of
     full precision at profile=paper. params, text_config: of an original checkpoint file.
     """
-    where = weights.fetched(path, PARTS, GIGABYTES)
+    where = weights.fetched(path, PARTS["path"], GIGABYTES)
 
     def at() -> Path:
         return task.location()

@@ -21,6 +21,7 @@ from edadm.sampling.guidance import Condition
 from edadm.sampling.noise import CALIBRATION, numpy_rng
 from edadm.store import content_hash
 from edadm.tasks.conversion import refuse
+from edadm.tasks.weights import refuse_variants
 
 HELD_OUT = 10  # one prompt in so many calibrates where there is no file of its own
 ENCODED_AT_ONCE = 32
@@ -150,6 +151,7 @@ def load_encoder(folder: Path, class_name: str) -> Any:
     transformers = _transformers()
     if not folder.is_dir():
         raise EdadmError(f"{folder} is missing: give the folder of a whole pipeline")
+    refuse_variants(folder)
     try:
         model, found = getattr(transformers, class_name).from_pretrained(
             folder, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
