@@ -6,6 +6,7 @@ original checkpoint file (sd-v1-4.ckpt).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from edadm.errors import EdadmError
 from edadm.sampling.guidance import Conditions
+from edadm.sampling.interface import NOISE
 from edadm.tasks import text, weights
 from edadm.tasks.base import Task
 from edadm.tasks.latent import FirstStage, bands, shape_of
@@ -36,6 +38,7 @@ PARTS = {
         "text_encoder/config.json",
         "text_encoder/model.safetensors",
         "tokenizer/*",
+        "scheduler/*",
     ),
 }
 GIGABYTES = 4.3
@@ -71,6 +74,7 @@ def text_task(
     full precision at profile=paper. params, text_config: of an original checkpoint file.
     """
     where = weights.fetched(path, PARTS["path"], GIGABYTES)
+    _require_noise_prediction(where, name)
 
     def at() -> Path:
         return task.location()
@@ -103,3 +107,19 @@ def text_task(
         remedy=remedy,
     )
     return task
+
+
+def _require_noise_prediction(place: Path | None, name: str) -> None:
+    """Raise EdadmError for a pipeline whose network predicts something else, which sampling would take for noise."""
+    file = None if place is None else place / "scheduler" / "scheduler_config.json"
+    if file is None or not file.is_file():  # of an original checkpoint, or of a folder that save_ldm wrote
+        return
+    try:
+        predicts = json.loads(file.read_text(encoding="utf-8")).get("prediction_type", NOISE)
+    except (ValueError, AttributeError) as error:
+        raise EdadmError(f"{file} cannot be read as the configuration of a scheduler: fetch it again") from error
+    if predicts != NOISE:
+        raise EdadmError(
+            f"{file} says prediction_type={predicts}, Stable Diffusion v1.4 of task {name} predicts {NOISE}: this is "
+            f"another model, run it with task=pipeline model.path={place}"
+        )

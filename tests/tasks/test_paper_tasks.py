@@ -17,7 +17,7 @@ from edadm.tasks.cifar10_ddim import cifar10_ddim
 from edadm.tasks.dit import imagenet_dit
 from edadm.tasks.latent import DECODED_AT_ONCE, latent_task
 from edadm.tasks.ldm_checkpoint import load_ldm, save_ldm
-from edadm.tasks.stable_diffusion import coco_sd14
+from edadm.tasks.stable_diffusion import coco_sd14, drawbench_sd14
 from tests.tasks import originals
 from tests.tasks.narrow import SHAPES, TEXT, dit_folder, ldm_folder, pipeline_folder
 from tests.toys import tiny_unet
@@ -168,6 +168,20 @@ def test_stable_diffusion_encodes_prompts_as_its_text_encoder_does(tmp_path: Pat
     )
     assert output.shape == (2, 4, 8, 8)
     assert task.to_images()(torch.randn(2, 4, 8, 8)).shape == (2, 3, 64, 64)
+
+
+def test_a_pipeline_that_predicts_no_noise_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "scheduler" / "scheduler_config.json"
+    config.parent.mkdir()
+    for content in ("{}", '{"prediction_type": "epsilon"}'):
+        config.write_text(content)
+        coco_sd14(path=str(tmp_path))
+    config.write_text('{"prediction_type": "v_prediction"}')
+    with pytest.raises(EdadmError, match=r"prediction_type=v_prediction.*task=pipeline"):
+        drawbench_sd14(path=str(tmp_path))
+    config.write_text("[")
+    with pytest.raises(EdadmError, match=r"scheduler_config\.json cannot be read"):
+        coco_sd14(path=str(tmp_path))
 
 
 def test_the_text_encoder_of_an_original_checkpoint_is_padded_with_its_end(tmp_path: Path) -> None:
