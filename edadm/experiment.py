@@ -26,6 +26,7 @@ from edadm.keys import Run
 from edadm.metrics.images import comparison_grid, grid
 from edadm.parts import build_part
 from edadm.quant import io
+from edadm.quant.families import family_of
 from edadm.quant.network import QuantModel, Site
 from edadm.records import Record
 from edadm.report.figures import STEP_CURVE, step_curves
@@ -291,18 +292,24 @@ def _sites(run: Run, network: stages.Result | None) -> list[dict[str, Any]]:
 
 
 def _cost(run: Run, sites: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return bit operations of one network call, without its second row under guidance, and the size."""
+    """Return bit operations of one network call, without its second row under guidance, and the size.
+
+    Layers that the original network has once are counted once.
+    """
     network = run.task.denoiser()
+    family = family_of(network)
+    copies = family.copies(network)
+    sites = [site for site in sites if site["name"].rpartition(".")[0] not in copies]
     bits = {site["name"]: site["bits"] for site in sites}
     x = torch.zeros(1, *run.task.sample_shape)
     condition: Mapping[str, torch.Tensor] = {}
     if run.guidance is not None:
         condition = run.guidance.conditions.rows(EVALUATION, run.settings["evaluation_seed"], [0])
     t = torch.zeros(1, dtype=torch.int64)
-    layers = [_with_bits(layer, bits) for layer in cost.measure(network, x, timestep=t, **condition)]
-    parameters = sum(parameter.numel() for parameter in network.parameters())
+    measured = cost.measure(network, x, timestep=t, **condition)
+    layers = [_with_bits(layer, bits) for layer in measured if layer.name not in copies]
     quantizers = sum(site["kind"] != "weight" and site["bits"] < config.OFF for site in sites)
-    return cost.bit_operations(layers) | cost.model_size(layers, parameters, act_quantizers=quantizers)
+    return cost.bit_operations(layers) | cost.model_size(layers, family.parameters(network), act_quantizers=quantizers)
 
 
 def _with_bits(layer: cost.Layer, bits: Mapping[str, int]) -> cost.Layer:

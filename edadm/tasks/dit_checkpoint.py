@@ -137,10 +137,3 @@ def load_dit(path: str | Path, params: DiTParams = DIT_XL_2_256) -> nn.Module:
     state = state_dict(read_file(path), str(path), section="ema")
     require(DIT, state, str(path))
     return convert_dit(state, params, str(path))
-
-
-def original_parameter_count(model: nn.Module) -> int:
-    """Return the parameters of the original network: embedders counted once, its table of positions included."""
-    copies = re.compile(r"transformer_blocks\.[1-9]\d*\.norm1\.emb\.")
-    counted = sum(tensor.numel() for name, tensor in model.named_parameters() if not copies.match(name))
-    return counted + model.get_buffer("pos_embed.pos_embed").numel()

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from edadm import config, experiment, records, stages
 from edadm.errors import EdadmError
 from edadm.keys import Run
+from edadm.tasks.dit_checkpoint import convert_dit
+from tests.tasks import originals
 from tests.tasks.narrow import SHAPES, dit_folder, ldm_folder, pipeline_folder
 
 SMALL = (
@@ -55,6 +58,24 @@ def test_dit_runs_with_its_learned_variance(make: Make, tmp_path: Path) -> None:
     run = make("imagenet_dit", dit_folder(tmp_path / "model"), (4, 8, 8), *features)
     record = records.read(experiment.execute(run))
     assert record.status == "ok" and record.metrics["sqnr"]["value"] > 0
+
+
+def test_embedders_that_the_original_dit_has_once_count_once(make: Make, tmp_path: Path) -> None:
+    folder, state = dit_folder(tmp_path / "model"), originals.dit_state()
+    network = convert_dit(state, originals.DIT, "dit.pt")
+    network.save_pretrained(folder / "transformer")
+    features = "model.features.middle_attention_input=transformer_blocks.0"
+    run = make("imagenet_dit", folder, (4, 8, 8), features, "+task.classes=10")
+    converted = experiment._cost(run, [])
+    assert converted["parameters"] == sum(tensor.numel() for tensor in state.values())
+    embedders = network.transformer_blocks[1].norm1.emb
+    with torch.no_grad():
+        for parameter in embedders.parameters():
+            parameter.add_(1)
+    network.save_pretrained(folder / "transformer")  # as one that diffusers has trained
+    trained = experiment._cost(run, [])
+    assert trained["parameters"] - converted["parameters"] == sum(p.numel() for p in embedders.parameters())
+    assert trained["macs"] > converted["macs"]
 
 
 @pytest.mark.parametrize(("method", "cache"), [("rtn", "auto"), ("edadm", "disk")])

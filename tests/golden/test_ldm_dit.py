@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from edadm.tasks.dit_checkpoint import convert_dit, dit_params, original_parameter_count
+from edadm.quant.families.dit import FAMILY
+from edadm.tasks.dit_checkpoint import convert_dit, dit_params
 from edadm.tasks.model_folder import load_model
 from tests.golden import ldm_cases
 
@@ -43,7 +44,7 @@ def test_weights_and_config_are_those_of_the_key_map(case, dit):
     ldm_cases.assert_config(case.config["diffusers"], dit)
     ldm_cases.assert_key_map(case, dit)
     assert torch.equal(dit.pos_embed.pos_embed, case.weights["pos_embed"])
-    assert original_parameter_count(dit) == sum(tensor.numel() for tensor in case.weights.values())
+    assert FAMILY.parameters(dit) == sum(tensor.numel() for tensor in case.weights.values())
 
 
 def test_outputs_equal_the_original(case, dit):

@@ -9,9 +9,10 @@ from functools import partial
 import pytest
 import torch
 
+from edadm.quant.families.dit import FAMILY
 from edadm.tasks import compvis_unet, dit_checkpoint, first_stage
 from edadm.tasks.conversion import convert
-from edadm.tasks.dit_checkpoint import DIT_XL_2_256, dit_config, dit_params, original_parameter_count
+from edadm.tasks.dit_checkpoint import DIT_XL_2_256, dit_config, dit_params
 from edadm.tasks.first_stage import KL_F8, VQ_F4, first_stage_config, first_stage_params
 from edadm.tasks.ldm_checkpoint import LDM_MODELS
 from edadm.tasks.model_folder import ATTENTION_HEADS, empty_model
@@ -59,7 +60,7 @@ def test_every_key_of_the_real_checkpoint_finds_its_place(stored):
     assert sum(p.numel() for p in model.parameters()) == stored["diffusers_n_params"]
     if positions is not None:
         assert positions.shape == model.pos_embed.pos_embed.shape
-        assert original_parameter_count(model) == stored["n_params"]
+        assert FAMILY.parameters(model) == stored["n_params"]
     if ours := OURS.get(stored["case"]):
         same_size = replace(ours, image_size=params.image_size) if stored["case"] == "sd14" else ours
         assert same_size == params

@@ -7,7 +7,8 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from edadm.errors import EdadmError
-from edadm.tasks.dit_checkpoint import DIT_XL_2_256, convert_dit, dit_params, load_dit, original_parameter_count
+from edadm.quant.families.dit import FAMILY
+from edadm.tasks.dit_checkpoint import DIT_XL_2_256, convert_dit, dit_params, load_dit
 from edadm.tasks.model_folder import load_model
 from tests.tasks import originals
 
@@ -27,7 +28,7 @@ def test_shared_embedders_go_to_every_block_and_qkv_in_thirds():
             block.norm1.emb.class_embedder.embedding_table.weight, state["y_embedder.embedding_table.weight"]
         )
     assert torch.equal(model.transformer_blocks[1].attn1.to_k.bias, state["blocks.1.attn.qkv.bias"][16:32])
-    assert original_parameter_count(model) == sum(tensor.numel() for tensor in state.values())
+    assert FAMILY.parameters(model) == sum(tensor.numel() for tensor in state.values())
 
 
 def test_time_frequencies_survive_saving_with_our_reader_only(tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 Roles = tuple[tuple[str, str], ...]
@@ -15,6 +16,11 @@ Roles = tuple[tuple[str, str], ...]
 def no_splits(model: Any) -> dict[str, int]:
     """Return the splits of a network without concatenated skip connections: none."""
     return {}
+
+
+def itself(name: str) -> str:
+    """Return the original of a layer where every layer is its own."""
+    return name
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class Family:
     tokens: pattern of layers and blocks whose tensors are (rows, tokens, channels) in the original code too.
     runs_again: pattern of layers that run once more, with the same input, after the block they belong to.
     shared_arguments: names of the arguments of a block that hold one value for all rows.
+    original_of: from the name of a module to that of the one which the original network has in its place.
+    tables: names of buffers that the original network counts among its parameters.
     """
 
     name: str
@@ -44,6 +52,8 @@ class Family:
     tokens: str | None = None
     runs_again: str | None = None
     shared_arguments: tuple[str, ...] = ()
+    original_of: Callable[[str], str] = itself
+    tables: tuple[str, ...] = ()
 
     @property
     def file(self) -> str:
@@ -73,6 +83,26 @@ class Family:
     def layer_runs_again(self, name: str) -> bool:
         """Tell whether a layer runs once more, with the same input, after the block it belongs to."""
         return _matches(self.runs_again, name)
+
+    def copies(self, model: nn.Module) -> frozenset[str]:
+        """Return the layers that equal to the bit another one, which the original network has in their place.
+
+        On the meta device, where tensors have no values, all layers with an original are copies.
+        """
+        modules = dict(model.named_modules())
+        originals = {name: modules[self.original_of(name)] for name in modules if self.original_of(name) != name}
+        return frozenset(name for name, original in originals.items() if _equal(modules[name], original))
+
+    def parameters(self, model: nn.Module) -> int:
+        """Return the number of parameters that the original network has for a model: copies count once."""
+        copies = self.copies(model)
+        counted = (p.numel() for name, p in model.named_parameters() if name.rpartition(".")[0] not in copies)
+        return sum(counted) + sum(model.get_buffer(table).numel() for table in self.tables)
+
+
+def _equal(layer: nn.Module, other: nn.Module) -> bool:
+    tensors = list(zip(layer.parameters(recurse=False), other.parameters(recurse=False), strict=True))
+    return bool(tensors) and all(one.is_meta or torch.equal(one, another) for one, another in tensors)
 
 
 def _matches(pattern: str | None, name: str) -> bool:
