@@ -368,7 +368,11 @@ def _guidance_key(guidance: Guidance | None, stream: str) -> Key:
 
 
 def _decoder_key(decoder: Decoder | None) -> Key:
-    return {} if decoder is None else {"decoder": {"part": type(decoder).__name__, "version": decoder.version}}
+    if decoder is None:
+        return {}
+    to_bytes = getattr(decoder, "to_bytes", None)  # of decoders that can round or cut
+    choice = {} if to_bytes is None else {"to_bytes": to_bytes.__name__}
+    return {"decoder": {"part": type(decoder).__name__, "version": decoder.version, **choice}}
 
 
 def _path(value: str | None) -> Path | None:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from edadm.errors import EdadmError
+from edadm.sampling.generate import to_uint8
 from edadm.sampling.guidance import ClassConditions
 from edadm.tasks import weights
 from edadm.tasks.base import Task
@@ -72,7 +73,7 @@ def imagenet_dit(
         learned_variance=True,
         conditions=lambda: as_released(ClassConditions(classes, classes), calibration_conditions, evaluation_seed),
         guided_channels=GUIDED_CHANNELS,
-        decoder=FirstStage(lambda: load_model(autoencoder())),
+        decoder=FirstStage(lambda: load_model(autoencoder()), to_uint8),
         others=() if apart is None else (apart,),
         hashed=("transformer", "vae"),
         remedy=remedy,

@@ -28,10 +28,12 @@ DECODED_AT_ONCE = 8  # latents: a 512 x 512 image takes about 1.5 GB on its way 
 class FirstStage:
     """The decoder of an autoencoder whose ``config.scaling_factor`` is the factor of its latents.
 
-    load: reads it, with its ``decode``. Pixels are cut to bytes, not rounded, as in the scripts of latent diffusion.
+    load: reads it, with its ``decode``. to_bytes: cuts pixels to bytes by default, as in the scripts of latent diffusion;
+    those of DiT round.
     """
 
     load: Callable[[], nn.Module]
+    to_bytes: Callable[[Tensor], Tensor] = truncated_to_uint8
     version: ClassVar[int] = 1
 
     def on(self, device: str) -> Callable[[Tensor], Tensor]:
@@ -43,7 +45,7 @@ class FirstStage:
             model: Any = network()
             factor = model.config.scaling_factor
             parts = [model.decode(part / factor).sample for part in latents.split(DECODED_AT_ONCE)]
-            return torch.cat([truncated_to_uint8(part) for part in parts])
+            return torch.cat([self.to_bytes(part) for part in parts])
 
         return decode
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from edadm.errors import EdadmError
+from edadm.keys import _decoder_key
 from edadm.sampling.generate import truncated_to_uint8
 from edadm.sampling.noise import EVALUATION
 from edadm.tasks import weights
@@ -17,6 +18,7 @@ from edadm.tasks.cifar10_ddim import cifar10_ddim
 from edadm.tasks.dit import imagenet_dit
 from edadm.tasks.latent import DECODED_AT_ONCE, latent_task
 from edadm.tasks.ldm_checkpoint import load_ldm, save_ldm
+from edadm.tasks.model_folder import load_model
 from edadm.tasks.stable_diffusion import coco_sd14, drawbench_sd14
 from tests.tasks import originals
 from tests.tasks.narrow import SHAPES, TEXT, dit_folder, ldm_folder, pipeline_folder
@@ -114,6 +116,19 @@ def test_dit_from_the_hub_has_the_constants_of_the_original(tmp_path: Path) -> N
     output = noise_prediction(network)(torch.randn(2, 4, 8, 8), torch.tensor([3, 800]), **condition)
     assert output.shape == (2, 8, 8, 8) and task.learned_variance and task.guided_channels == 3
     assert task.to_images()(torch.randn(2, 4, 8, 8)).shape == (2, 3, 64, 64)
+
+
+def test_dit_rounds_its_pixels_as_its_own_script_does(tmp_path: Path) -> None:
+    task = imagenet_dit(str(dit_folder(tmp_path)), sample_shape=(4, 8, 8), classes=5)
+    latents = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        pixels = load_model(tmp_path / "vae").decode(latents / 0.18215).sample
+    expected = (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)
+    off = (task.to_images()(latents).int() - expected.int()).abs()
+    assert off.max() <= 1 and off.float().mean() < 0.01  # half of them would be cut
+    compvis = latent_task("toy", originals.LDM, str(tmp_path))
+    assert _decoder_key(task.decoder)["decoder"]["to_bytes"] == "to_uint8"
+    assert _decoder_key(compvis.decoder)["decoder"]["to_bytes"] == "truncated_to_uint8"
 
 
 def test_an_original_dit_needs_an_autoencoder(tmp_path: Path) -> None:
