@@ -227,11 +227,6 @@ def _record(
     reason: str | None = None,
 ) -> Record:
     settings = run.settings
-    expects = (
-        settings["profile.name"] == run.task.expected_profile
-        and settings["n_images"] == settings["profile.images"]
-        and config.has_own_sampler(settings)
-    )
     return Record(
         hash=run.hash,
         task=run.task.name,
@@ -253,7 +248,7 @@ def _record(
         protocol=run.protocol,
         config=_recorded(settings.values) | _calibration_sampling(run),
         metrics=_with_curve(metrics),
-        expected_band={name: list(band) for name, band in run.task.expected_band.items()} if expects else {},
+        expected_band={name: list(band) for name, band in run.expected_band.items()},
         cost=_cost(run, sites) if status == "ok" and not run.images_folder else {},
         stages={result.name: result.cost for result in done.values()},
         artefacts={key: run.hash_of(key) for key in done},

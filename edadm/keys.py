@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from edadm.config import OFF, Settings
+from edadm.config import OFF, Settings, has_own_sampler
 from edadm.errors import EdadmError
 from edadm.metrics import networks, references, tiny
 from edadm.metrics.crops import check_crop
@@ -52,6 +52,17 @@ class Run:
     def is_full_precision(self) -> bool:
         """Say whether the images come from the network as it is."""
         return self.bits.weight >= OFF and self.bits.act >= OFF and not (self.loaded or self.images_folder)
+
+    @property
+    def expected_band(self) -> Mapping[str, tuple[float, float]]:
+        """What full precision should score: as the task says, nothing for other images than that was measured on."""
+        settings = self.settings
+        is_measured = (
+            settings["profile.name"] == self.task.expected_profile
+            and settings["n_images"] == settings["profile.images"]
+            and has_own_sampler(settings)
+        )
+        return self.task.expected_band if is_measured else {}
 
     @property
     def loaded(self) -> Path | None:

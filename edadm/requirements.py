@@ -27,7 +27,8 @@ from edadm.parts import build_part
 from edadm.progress import duration
 from edadm.store import Store, cache_root
 from edadm.tasks import weights
-from edadm.tasks.base import PIPELINE, Task
+from edadm.tasks.base import PIPELINE, WEIGHTS, Task
+from edadm.tasks.checkpoint_file import require_whole
 
 HERE, MISSING, FETCHED = "here", "MISSING", "fetched on first use"
 COPIES = 3  # of the denoiser in memory while it is reconstructed: float weights, quantized ones, what is learned
@@ -133,8 +134,19 @@ def _weights(run: Run) -> Need:
         if given is not None and weights.is_hub_name(str(given)):
             return Need("weights", FETCHED, f"{given} on the hub, needs a network")
         return Need("weights", MISSING, wanted, remedy)
+    try:
+        return Need("weights", HERE, f"{place} ({_whole_bytes(place) / 1e9:.1f} GB)")
+    except EdadmError as error:
+        return Need("weights", MISSING, str(error))
+
+
+def _whole_bytes(place: Path) -> int:
+    """Return the size of a file or folder of weights. Raises EdadmError for one that is cut short."""
     files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
-    return Need("weights", HERE, f"{place} ({sum(file.stat().st_size for file in files) / 1e9:.1f} GB)")
+    for file in files:
+        if file.suffix in WEIGHTS:
+            require_whole(file)
+    return sum(file.stat().st_size for file in files)
 
 
 def _parts(run: Run) -> Iterator[Need]:
@@ -142,6 +154,19 @@ def _parts(run: Run) -> Iterator[Need]:
     for place in run.task.others:
         there = place.exists()
         yield Need("part", HERE if there else MISSING, str(place), "" if there or told else run.task.remedy)
+    if "first_stage" in run.settings["task"] and not (told or run.task.others):
+        yield from _first_stage(run)
+
+
+def _first_stage(run: Run) -> Iterator[Need]:
+    """Return the need for an autoencoder that the weights do not hold and that is not here."""
+    given = run.settings["task.first_stage"]
+    if given is not None:
+        yield Need("part", FETCHED, f"{given} on the hub, needs a network")
+    elif not (run.task.location() / "vae").is_dir():
+        yield Need(
+            "part", MISSING, f"{run.task.location()} has no autoencoder", "set model.first_stage to a folder of it"
+        )
 
 
 def _package(name: str, extra: str) -> Need:
@@ -279,9 +304,14 @@ def _products_per_second(device: str) -> float:
 
 def expectation_lines(run: Run) -> list[str]:
     """Return what full precision should score, and from which value on nothing else should be trusted."""
-    band: Any = run.task.expected_band
+    band = run.expected_band
     lines = [
         f"  {name}: {(low + high) / 2:.4g} expected; below {low:.4g} or above {high:.4g} stop and find out why"
         for name, (low, high) in band.items()
     ]
+    if not lines and run.task.expected_band:
+        return [
+            f"  no score is known of these images: the task's is of profile={run.task.expected_profile}, its number of "
+            "images, and its own sampler, steps and guidance"
+        ]
     return lines or ["  no published score is expected of it"]

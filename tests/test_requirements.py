@@ -3,9 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from edadm import config, requirements
 from edadm.requirements import FETCHED
+from tests.tasks import originals
 from tests.tasks.narrow import ldm_folder
 
 
@@ -50,6 +52,37 @@ def test_a_hub_name_is_looked_up_and_never_downloaded(monkeypatch: pytest.Monkey
     chosen = settings("task=imagenet_dit", "model.path=facebook/DiT-XL-2-256", "device=cpu")
     text, _ = requirements.report(chosen)
     assert f"weights      {FETCHED}: facebook/DiT-XL-2-256" in text and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "word", ["sampler=ddim_uniform", "sampler.steps=10", "sampler.guidance_scale=1.5", "n_images=10"]
+)
+def test_scores_of_other_images_are_not_expected(word: str) -> None:
+    words = ["task=imagenet_ldm4", "device=cpu"]
+    assert "11.69 expected" in requirements.report(settings(*words))[0]
+    text, _ = requirements.report(settings(*words, word))
+    assert "expected;" not in text and "is of profile=paper" in text
+
+
+def test_an_original_dit_is_missing_its_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    torch.save(originals.dit_state(), tmp_path / "DiT.pt")
+    words = ["task=imagenet_dit", f"model.path={tmp_path / 'DiT.pt'}", "device=cpu"]
+    text, _ = requirements.report(settings(*words))
+    assert "part         MISSING" in text and "set model.first_stage" in text
+    text, _ = requirements.report(settings(*words, "model.first_stage=stabilityai/sd-vae-ft-ema"))
+    assert f"part         {FETCHED}: stabilityai" in text
+    text, _ = requirements.report(settings(*words, f"model.first_stage={tmp_path}"))
+    assert f"part         here: {tmp_path}" in text
+
+
+def test_a_truncated_checkpoint_is_missing(tmp_path: Path) -> None:
+    torch.save(originals.ldm_state(), tmp_path / "model.ckpt")
+    words = ["task=imagenet_ldm4", f"model.path={tmp_path / 'model.ckpt'}", "device=cpu"]
+    assert "weights      here" in requirements.report(settings(*words))[0]
+    (tmp_path / "model.ckpt").write_bytes((tmp_path / "model.ckpt").read_bytes()[:5000])
+    text, complete = requirements.report(settings(*words))
+    assert "weights      MISSING: cannot read" in text and "truncated" in text and not complete
 
 
 def test_disk_grows_with_images_and_rows() -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PIPELINE = "pipeline"  # the task of a user's own pipeline
 _OF_A_MODEL = (".json", ".safetensors", ".bin")
-_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 _OF_A_TOKENIZER = ("merges.txt", "vocab.txt")
 
 
@@ -183,7 +183,7 @@ def _file(path: Path) -> str:
 @lru_cache(maxsize=256)
 def _hash_of_content(path: Path, size: int, changed: int) -> str:
     """Hash a file once in a process, as long as its size and time of change stay; weights must be whole."""
-    if path.suffix in _WEIGHTS:
+    if path.suffix in WEIGHTS:
         from edadm.tasks.checkpoint_file import require_whole
 
         require_whole(path)

@@ -28,8 +28,8 @@ DECODED_AT_ONCE = 8  # latents: a 512 x 512 image takes about 1.5 GB on its way 
 class FirstStage:
     """The decoder of an autoencoder whose ``config.scaling_factor`` is the factor of its latents.
 
-    load: reads it, with its ``decode``. to_bytes: cuts pixels to bytes by default, as in the scripts of latent diffusion;
-    those of DiT round.
+    load: reads it, with its ``decode``. to_bytes: from pixels; by default they are cut, as in the scripts of latent
+    diffusion, those of DiT round.
     """
 
     load: Callable[[], nn.Module]
