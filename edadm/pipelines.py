@@ -117,11 +117,13 @@ def load_pipeline(folder: str | Path, quantized: str | Path | None = None, **com
     """
     import diffusers
 
-    from edadm.tasks.pipeline_parts import INDEX, of_folder
+    from edadm.tasks.pipeline_parts import INDEX, class_of, of_folder
 
     folder = Path(folder).expanduser()
     if not (folder / INDEX).is_file():
         raise EdadmError(f"{folder} is no folder of a pipeline: it has no {INDEX}")
+    if "custom_pipeline" not in components:
+        class_of(folder)
     name = pretrained.quantized_component(folder)
     if quantized is not None:
         parts, place = of_folder(folder), Path(quantized).expanduser()

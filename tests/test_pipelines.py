@@ -164,6 +164,18 @@ def test_a_quantized_denoiser_of_the_cache_goes_into_its_pipeline(cache: Path, t
         edadm.load_pipeline(tmp_path / "nowhere")
 
 
+def test_a_folder_of_another_class_or_with_a_broken_part_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "pipe"
+    ddim(tmp_path).save_pretrained(folder)
+    (folder / "unet" / "config.json").write_text("{")
+    with pytest.raises(EdadmError, match=r"unet/config\.json cannot be read as JSON"):
+        edadm.load_pipeline(folder)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "MyPipeline"}))
+    with pytest.raises(EdadmError, match="_class_name=MyPipeline"):
+        edadm.load_pipeline(folder)
+
+
 def xformers(pipe: Any) -> None:
     class XFormersAttnProcessor:
         pass

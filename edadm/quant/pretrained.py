@@ -200,9 +200,15 @@ def _save_pretrained(
 
 
 def quantized_component(folder: Path) -> str | None:
-    """Return the name of the component of a saved pipeline that is a quantized denoiser of ours, None without one."""
+    """Return the name of the component of a saved pipeline that is a quantized denoiser of ours, None without one.
+
+    Raises EdadmError for a configuration that cannot be read.
+    """
     for file in sorted(folder.glob(f"*/{io.PRETRAINED_CONFIG}")):
-        quantization = json.loads(file.read_text(encoding="utf-8")).get(io.QUANTIZATION) or {}
+        try:
+            quantization = json.loads(file.read_text(encoding="utf-8")).get(io.QUANTIZATION) or {}
+        except (ValueError, AttributeError) as error:
+            raise EdadmError(f"{file} cannot be read as JSON ({error}): save or fetch the pipeline again") from error
         if quantization.get("quant_method") == io.METHOD:
             return file.parent.name
     return None

@@ -121,7 +121,7 @@ def _own(parts: Parts, given: Given, shape: Shape) -> Own:
         patch = 2 if call.packed else parts.config.get("patch_size", 1)
         tokens = (shape[1] // patch) * (shape[2] // patch)
         try:
-            kind = parts.pipeline and parts.pipeline.__name__
+            kind = parts.pipeline.__name__
             return sampler_of(parts.scheduler, steps, eta, pipeline=kind, denoiser=name, tokens=tokens)
         except EdadmError as error:
             raise EdadmError(f"{parts.place}: {error}; and sampler@calibration_sampler=... likewise") from error

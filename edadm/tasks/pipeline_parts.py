@@ -38,8 +38,8 @@ Config = Mapping[str, Any]
 class Parts:
     """A diffusers pipeline without its weights.
 
-    place: where it is, for messages. pipeline: its class, None for one that diffusers does not have. denoiser: name of
-    the component, of class denoiser_class. decoder: name and configuration of the autoencoder, if there is one.
+    place: where it is, for messages. pipeline: its class. denoiser: name of the component, of class denoiser_class.
+    decoder: name and configuration of the autoencoder, if there is one.
     """
 
     place: str
@@ -58,7 +58,7 @@ class Parts:
 
     def default(self, argument: str, otherwise: Any) -> Any:
         """Return what a call of the pipeline takes for an argument that is not given."""
-        taken = inspect.signature(self.pipeline.__call__).parameters if self.pipeline is not None else {}
+        taken = inspect.signature(self.pipeline.__call__).parameters
         found = taken[argument].default if argument in taken else inspect.Parameter.empty
         return otherwise if found is inspect.Parameter.empty else found
 
@@ -90,10 +90,9 @@ def of_folder(folder: Path) -> Parts:
 
     Raises EdadmError for a folder of something else, and for a pipeline that cannot be covered, naming why.
     """
-    import diffusers
-
     if not folder.is_dir():
         raise EdadmError(f"model.path={folder} is no folder: give that of a diffusers pipeline, or a name on the hub")
+    pipeline = class_of(folder)
     index = _json(folder / INDEX, "the folder of a diffusers pipeline (DiffusionPipeline.save_pretrained)")
     listed = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]}
     configs = {
@@ -101,8 +100,23 @@ def of_folder(folder: Path) -> Parts:
         for name in listed
         if name in _CONFIGS
     }
-    pipeline = getattr(diffusers, str(index.get("_class_name")), None)
     return _parts(str(folder), pipeline, frozenset(listed), configs)
+
+
+def class_of(folder: Path) -> Any:
+    """Return the class of a folder's pipeline. Raises EdadmError for one that diffusers does not have."""
+    import diffusers
+
+    index = _json(folder / INDEX, "the folder of a diffusers pipeline (DiffusionPipeline.save_pretrained)")
+    name = index.get("_class_name")
+    found = getattr(diffusers, str(name), None)
+    if found is None:
+        raise EdadmError(
+            f"{folder / INDEX} says _class_name={name}, which this version of diffusers does not have, so its call and "
+            "its guidance are not known: write the class of diffusers there that it derives from, or load it with your "
+            "own class and pass it to edadm.quantize"
+        )
+    return found
 
 
 def of_pipeline(pipe: Any) -> Parts:

@@ -226,6 +226,11 @@ def copy_of(folder: Path, target: Path) -> Path:
 FAULTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "no index": ("ddim", lambda f: (f / "model_index.json").unlink(), "model_index.json is missing"),
     "broken index": ("ddim", lambda f: (f / "model_index.json").write_text("{"), "cannot be read as JSON"),
+    "a class of the user's own": (
+        "ddim",
+        lambda f: changed(f, "model_index.json", _class_name="MyPipeline"),
+        r"_class_name=MyPipeline.*does not have.*pass it to edadm\.quantize",
+    ),
     "no scheduler": ("ddim", lambda f: changed(f, "model_index.json", scheduler=[None, None]), "and a scheduler"),
     "another input": (
         "stable_diffusion",
