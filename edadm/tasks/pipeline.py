@@ -29,6 +29,7 @@ from edadm.tasks.text import split_prompts
 REMEDY = "set model.path to the folder of a diffusers pipeline, or to its name on the hub"
 DIT = "DiTTransformer2DModel"  # says its number of classes; its null label is the one above them
 UNCONDITIONAL = "UNet2DModel"
+UNETS = (UNCONDITIONAL, "UNet2DConditionModel")
 
 
 @dataclass(frozen=True)
@@ -185,11 +186,11 @@ def _size(parts: Parts, given: Given, shape: Shape) -> tuple[int, int]:
 
 def _conditions(parts: Parts, given: Given, shape: Shape, texts: Callable[[], Any]) -> Callable[[], Conditions] | None:
     """Return what makes the conditions of a pipeline's images, None for an unconditional denoiser."""
+    labels = _classes(parts, given)
     if parts.has_texts:
         return cache(lambda: _of_prompts(parts, given, shape, texts))
     if given.prompts is not None:
         raise EdadmError(f"{parts.place} has no text encoder: it takes no prompts")
-    labels = _classes(parts, given)
     if labels is not None:
         return lambda: ClassConditions(*labels)
     if parts.denoiser_class != UNCONDITIONAL:
@@ -198,18 +199,45 @@ def _conditions(parts: Parts, given: Given, shape: Shape, texts: Callable[[], An
 
 
 def _classes(parts: Parts, given: Given) -> tuple[int, int | None] | None:
-    """Return the number of labels and the null label of a class-conditional denoiser, None for another."""
+    """Return the number of labels and the null label of a class-conditional denoiser, None for another.
+
+    Raises EdadmError for labels that its table does not have.
+    """
+    rows = _rows_of_labels(parts)
+    if rows is None:
+        if not (given.classes is None and given.null_label is None):
+            raise EdadmError(f"{parts.place} takes no class labels: leave model.classes and model.null_label out")
+        return None
+    labels = rows - 1 if parts.denoiser_class == DIT else rows
+    null = labels if parts.denoiser_class == DIT and given.null_label is None else given.null_label
+    classes = labels if given.classes is None else given.classes
+    _require_within("classes", classes, 1, labels, parts)
+    if null is not None:
+        _require_within("null_label", null, 0, rows - 1, parts)
+    return classes, null
+
+
+def _rows_of_labels(parts: Parts) -> int | None:
+    """Return how many labels a denoiser embeds, None for one without. Raises EdadmError for other such conditions."""
     config = parts.config
     if parts.denoiser_class == DIT:
-        labels = int(config["num_embeds_ada_norm"])
-        return given.classes or labels, labels if given.null_label is None else given.null_label
-    if parts.has_texts:
+        return int(config["num_embeds_ada_norm"]) + 1
+    if parts.denoiser_class not in UNETS:
         return None
-    if config.get("class_embed_type") in ("timestep", "identity"):
-        raise EdadmError(f"{parts.place}: conditions of class_embed_type={config['class_embed_type']} are no labels")
-    if config.get("num_class_embeds") is None:
-        return None
-    return given.classes or int(config["num_class_embeds"]), given.null_label
+    kind, rows = config.get("class_embed_type"), config.get("num_class_embeds")
+    if kind in ("timestep", "identity"):
+        raise EdadmError(f"{parts.place}: conditions of class_embed_type={kind} are no labels")
+    if parts.has_texts and not (kind is None and rows is None):
+        raise EdadmError(
+            f"{parts.place}: its denoiser takes class labels besides texts (class_embed_type={kind}, "
+            f"num_class_embeds={rows}); such pipelines cannot be calibrated here"
+        )
+    return None if rows is None or parts.denoiser_class != UNCONDITIONAL else int(rows)
+
+
+def _require_within(name: str, value: int, least: int, most: int, parts: Parts) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise EdadmError(f"model.{name}={value}: the denoiser of {parts.place} embeds labels, choose {least} to {most}")
 
 
 def _of_prompts(parts: Parts, given: Given, shape: Shape, texts: Callable[[], Any]) -> Conditions:

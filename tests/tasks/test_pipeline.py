@@ -144,12 +144,16 @@ def test_calibration_prompts_are_no_evaluated_ones(saved: Callable[[str], Path],
     assert set(released.prompts(CALIBRATION, 0, range(20))) == evaluated
 
 
-def test_a_class_conditional_unet_has_the_labels_it_embeds(tmp_path: Path) -> None:
+def labelled() -> Any:
+    """A pipeline whose network embeds four labels."""
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
     config = {name: value for name, value in tiny_unet().config.items() if not name.startswith("_")}
-    unet = UNet2DModel(**config | {"num_class_embeds": 4})
-    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path)
+    return DDIMPipeline(UNet2DModel(**config | {"num_class_embeds": 4}), DDIMScheduler())
+
+
+def test_a_class_conditional_unet_has_the_labels_it_embeds(tmp_path: Path) -> None:
+    labelled().save_pretrained(tmp_path)
     task = pipeline(str(tmp_path))
     conditions = task.conditions()
     assert isinstance(conditions, ClassConditions) and (conditions.classes, conditions.null) == (4, None)
@@ -159,6 +163,35 @@ def test_a_class_conditional_unet_has_the_labels_it_embeds(tmp_path: Path) -> No
     found = guided.conditions().rows(EVALUATION, 0, range(6))["class_labels"]
     assert sorted(found.tolist()) == [0, 0, 1, 1, 2, 2] and guided.conditions().null["class_labels"].tolist() == [3]
     assert guided.denoiser()(torch.zeros(6, 3, 8, 8), torch.zeros(6), class_labels=found)[0].shape == (6, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"classes": 0}, r"model\.classes=0: .* choose 1 to 4"),
+        ({"classes": 9}, r"model\.classes=9: .* choose 1 to 4"),
+        ({"classes": 2.5}, r"model\.classes=2\.5"),
+        ({"null_label": -1}, r"model\.null_label=-1: .* choose 0 to 3"),
+        ({"null_label": 4}, r"model\.null_label=4"),
+    ],
+)
+def test_labels_are_those_of_the_table(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(EdadmError, match=message):
+        live(labelled(), Given(**given))
+
+
+def test_labels_of_a_pipeline_without_them_are_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    dit = live(PIPELINES["dit"](tmp_path), Given(classes=1000, null_label=1000)).conditions()
+    assert (dit.classes, dit.null_label) == (1000, 1000)
+    with pytest.raises(EdadmError, match="choose 1 to 1000"):
+        live(PIPELINES["dit"](tmp_path), Given(classes=1001))
+    for name in ("ddim", "stable_diffusion", "flux"):
+        with pytest.raises(EdadmError, match=r"takes no class labels: leave model\.classes"):
+            live(PIPELINES[name](tmp_path), Given(classes=10, prompts=lambda: ((), PROMPTS)))
+    folder = copy_of(saved("stable_diffusion"), tmp_path / "pipeline")
+    changed(folder, "unet/config.json", num_class_embeds=4)
+    with pytest.raises(EdadmError, match=r"labels besides texts .*num_class_embeds=4"):
+        pipeline(str(folder))
 
 
 def test_a_pipeline_of_one_folder_is_read(saved: Callable[[str], Path], tmp_path: Path) -> None:
