@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from edadm import memory
-from edadm.errors import EdadmError
 from edadm.keys import Run
 from edadm.progress import duration
 from edadm.sampling.guidance import denoise_for
 from edadm.sampling.interface import unwrap
 from edadm.sampling.noise import EVALUATION
-from edadm.tasks.base import noise_prediction
+from edadm.tasks.base import fitting, noise_prediction, require_size
 
 PASSES = 2  # timed after one that warms up
 SLOW = 1.0  # seconds of one image
@@ -82,20 +81,14 @@ def _seconds_per_row(run: Run, denoiser: nn.Module) -> float:
 
 def _seconds(run: Run, network: Callable[..., torch.Tensor], rows: int, passes: int) -> float:
     denoise = denoise_for(network, run.guidance, EVALUATION, run.settings["evaluation_seed"], range(rows), run.device)
-    x, timestep = torch.zeros(rows, *run.task.sample_shape, device=run.device), torch.zeros(rows, device=run.device)
-    with torch.no_grad():
+    shape = run.task.sample_shape
+    x, timestep = torch.zeros(rows, *shape, device=run.device), torch.zeros(rows, device=run.device)
+    with torch.no_grad(), fitting(f"the network in {run.task.location()}", run.task.name, shape):
         started = time.perf_counter()
         for _ in range(passes):
-            try:
-                unwrap(denoise(x, timestep)).sum().item()
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                raise EdadmError(
-                    f"the network in {run.task.location()} does not take samples of {list(run.task.sample_shape)} and "
-                    f"the conditions of task {run.task.name} ({str(error).splitlines()[0]}): is it that of another "
-                    "task? Else set model.sample_shape"
-                ) from error
+            output = unwrap(denoise(x, timestep))
+            require_size(output, shape)
+            output.sum().item()
     return (time.perf_counter() - started) / (passes * rows)
 
 

@@ -75,6 +75,8 @@ def quantize(
     settings = _settings(_words(method, bits, {"steps": steps, "device": device, **choices}))
     split = None if prompts is None else _of_calibration(prompts)
     task = live(pipe, Given(sample_shape, classes, null_label, settings["sampler.guidance_scale"], split))
+    assert task.own is not None
+    task.own.size()  # tries the shape of a sample, without storage
     if min(settings["bits.weight"], settings["bits.act"]) >= FLOAT_BITS:
         raise EdadmError(f"bits={bits} leaves everything in floating point: there is nothing to quantize")
     logger.info("%s: quantizing the %s of a %s", settings.label, task.component, type(pipe).__name__)

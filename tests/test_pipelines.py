@@ -243,6 +243,18 @@ def test_an_impossible_choice_is_named_before_anything_runs(
 
 
 @pytest.mark.parametrize(
+    ("name", "shape"), [("flux", (4, 7, 7)), ("stable_diffusion_3", (4, 32, 32)), ("pixart", (4, 9, 9)), ("ddim", (3, 7, 7))]
+)  # fmt: skip
+def test_a_sample_shape_is_tried_before_anything_runs(
+    name: str, shape: tuple[int, int, int], cache: Path, tmp_path: Path
+) -> None:
+    pipe, prompts = PIPELINES[name](tmp_path / "vocabulary"), PROMPTS if name in TEXTS else None
+    with pytest.raises(EdadmError, match=r"does not take samples of .* set model\.sample_shape"):
+        edadm.quantize(pipe, **SMALL, prompts=prompts, sample_shape=shape)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
     ("prompts", "message"), [(None, r"pass prompts=\[\.\.\.\]"), ([], "the list is empty"), ([3], "a list of texts")]
 )
 def test_prompts_of_a_text_to_image_pipeline_are_needed(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -145,6 +146,32 @@ def noise_prediction(network: nn.Module) -> Callable[..., torch.Tensor]:
         return network(x, timestep=timestep, **condition, return_dict=False)[0]
 
     return denoise
+
+
+@contextmanager
+def fitting(network: str, task: str, sample_shape: Sequence[int]) -> Iterator[None]:
+    """Raise EdadmError where a network does not take samples of a shape (C, H, W) and the conditions of a task.
+
+    network, task: their names, for the message.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise EdadmError(
+            f"{network} does not take samples of {list(sample_shape)} and the conditions of task {task} ({reason}): is "
+            "it that of another task? Else set model.sample_shape"
+        ) from error
+
+
+def require_size(output: torch.Tensor, sample_shape: Sequence[int]) -> None:
+    """Raise ValueError for an output of another height and width than the sample."""
+    if tuple(output.shape[2:]) != tuple(sample_shape[1:]):
+        raise ValueError(f"it returns {list(output.shape[1:])}")
 
 
 def load_unet2d(folder: Path) -> nn.Module:

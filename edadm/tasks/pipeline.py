@@ -16,8 +16,8 @@ from edadm.quant.network import Bits, QuantModel
 from edadm.sampling.flow import FlowEuler
 from edadm.sampling.from_scheduler import FLOW_SCHEDULER, sampler_of
 from edadm.sampling.guidance import ClassConditions, Condition, Conditions
-from edadm.sampling.interface import FLOW, NOISE, DiffusionSampler
-from edadm.tasks.base import PIPELINE, Own, Task
+from edadm.sampling.interface import FLOW, NOISE, DiffusionSampler, unwrap
+from edadm.tasks.base import PIPELINE, Own, Task, fitting, require_size
 from edadm.tasks.latent import shape_of
 from edadm.tasks.pipeline_calls import CALLS, FEATURES, Shape, adapt, constants, embeds_guidance
 from edadm.tasks.pipeline_decoder import PipelineDecoder, pixels_per_position
@@ -172,10 +172,14 @@ def _empty(parts: Parts) -> nn.Module:
 
 
 def _size(parts: Parts, given: Given, shape: Shape) -> tuple[int, int]:
-    """Return parameters of the denoiser and multiply-accumulates of one row."""
+    """Return parameters of the denoiser and multiply-accumulates of one row.
+
+    Raises EdadmError when it does not take samples of the shape.
+    """
     model = adapt(_empty(parts), parts.denoiser_class, shape)
     shared = _shared(parts, given, shape)
-    with torch.device("meta"):
+    model.register_forward_hook(lambda _, given, output: require_size(unwrap(output), shape))
+    with torch.device("meta"), fitting(f"the {parts.denoiser} of {parts.place}", PIPELINE, shape):
         rows = {key: torch.zeros(1, *row) for key, row in CALLS[parts.denoiser_class].tokens(parts.config).items()}
         rows |= {key: torch.zeros(row.shape) for key, row in shared.items()}
         if _classes(parts, given) is not None:
