@@ -23,7 +23,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 SLOTS = ("calibration", "transform", "ranges", "reconstruction", "optimization", "activation_sets", "correction")
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
 WHOLE_NUMBERS = {
-    "n_images": 0, "chunk": 1, "seed": 0, "evaluation_seed": 0, "sampler.steps": 1, "metrics.sqnr_rows": 1,
+    "n_images": 0, "chunk": 1, "seed": 0, "evaluation_seed": 0, "metrics.sqnr_rows": 1,
     "metrics.bootstrap": 1, "profile.rows": 1, "profile.batch": 1, "profile.iterations": 1, "profile.range_batches": 1,
 }  # fmt: skip
 OFF = 16  # bits from which a tensor stays in floating point
@@ -238,6 +238,8 @@ def check(values: Mapping[str, Any]) -> None:
     for what, least in WHOLE_NUMBERS.items():
         _whole_number(what, _at(values, what), least)
     for group in ("sampler", "calibration_sampler"):
+        if "steps" in (values.get(group) or {}):
+            _whole_number(f"{group}.steps", values[group]["steps"], least=1)
         for key, value in (values.get(group) or {}).items():
             if key not in WORDS_OF_SAMPLER and value is not None and not _is_number(value):
                 raise EdadmError(f"{group}.{key}={value}: give a number")

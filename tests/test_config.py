@@ -146,6 +146,14 @@ def test_an_impossible_value_is_named(word: str) -> None:
         settings(word)
 
 
+@pytest.mark.parametrize("steps", ["2.5", "0", "true"])
+def test_steps_of_the_calibration_are_a_whole_number_as_others(steps: str) -> None:
+    with pytest.raises(
+        EdadmError, match=rf"calibration_sampler\.steps={steps}: give a whole number".replace("true", "True")
+    ):
+        settings("task=imagenet_ldm4", f"calibration_sampler.steps={steps}")
+
+
 def test_load_and_images_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(EdadmError, match="one of them"):
         settings(f"load={tmp_path}", f"images={tmp_path}")

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from edadm.errors import EdadmError
 from edadm.sampling.diffusion import BetaSampler
 from edadm.sampling.interface import NoiseForStep, Step
-from edadm.sampling.schedule import alphas_cumprod, timesteps
+from edadm.sampling.schedule import alphas_cumprod, check_eta, timesteps
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,7 @@ class Sampler(BetaSampler):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise EdadmError(f"eta is {self.eta}: choose 0 (deterministic) to 1 (as much noise as DDPM)")
+        check_eta(self.eta)
         timesteps(self.spacing, self.steps, self.train_steps)
 
     @property

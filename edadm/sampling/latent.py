@@ -14,10 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from edadm.errors import EdadmError
 from edadm.sampling.diffusion import LatentBetaSampler
 from edadm.sampling.interface import NoiseForStep, Step, drawn
-from edadm.sampling.schedule import leading_timesteps
+from edadm.sampling.schedule import check_eta, leading_timesteps
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,7 @@ class LatentDDIM(LatentBetaSampler):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise EdadmError(f"eta is {self.eta}: choose 0 (deterministic) to 1 (as much noise as DDPM)")
+        check_eta(self.eta)
         leading_timesteps(self.spacing, self.steps, self.train_steps)
 
     @property

@@ -87,6 +87,12 @@ def _squares(steps: int, train_steps: int) -> list[int]:
     return [int(root**2) for root in np.linspace(0, np.sqrt(train_steps * 0.8), steps)]
 
 
+def check_eta(eta: float) -> None:
+    """Raise EdadmError for a share of DDPM's noise outside of 0 to 1."""
+    if not 0 <= eta <= 1:
+        raise EdadmError(f"eta is {eta}: choose 0 (deterministic) to 1 (as much noise as DDPM)")
+
+
 def _check_steps(steps: int, train_steps: int) -> None:
     if not 1 <= steps <= train_steps:
         raise EdadmError(f"cannot sample in {steps} steps: choose 1 to {train_steps}, the steps of the training")

@@ -14,6 +14,7 @@ from edadm.errors import EdadmError
 from edadm.sampling.ddpm import posterior_mean
 from edadm.sampling.diffusion import SAMPLE, VELOCITY, sample_of
 from edadm.sampling.interface import NOISE, DiffusionSampler, NoiseForStep, Step, drawn
+from edadm.sampling.schedule import check_eta
 
 PRK_STEPS, PRK_CALLS = 3, 4  # the first steps of PNDM, where they are not skipped, and the calls of each
 
@@ -36,12 +37,12 @@ class SchedulerSampler(DiffusionSampler):
     version: int = 1
 
     def __post_init__(self) -> None:
-        least = PRK_STEPS + 1 if self._has_prk else 1
+        check_eta(self.eta)
+        least, trained = PRK_STEPS + 1 if self._has_prk else 1, self.options.get("num_train_timesteps", 1000)
         try:
-            timesteps = self._made().timesteps if self.steps >= least else None
+            timesteps = self._made().timesteps if least <= self.steps <= trained else None
         except (ValueError, NotImplementedError, ImportError, IndexError) as error:
             raise EdadmError(f"{self.scheduler} does not take {self.steps} steps of these options: {error}") from error
-        trained = self.options.get("num_train_timesteps", 1000)
         if timesteps is None or timesteps.max() > trained - 1 or timesteps.min() < 0:
             raise EdadmError(
                 f"{self.scheduler} cannot sample in {self.steps} steps: choose {least} to fewer than {trained}, the "

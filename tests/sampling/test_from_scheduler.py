@@ -354,6 +354,9 @@ def test_eta_is_for_ddim_only():
         EdadmError, match=r"eta is 0\.5, which only DDIM has, the pipeline's scheduler is PNDMScheduler"
     ):
         sampler_of(SD14, 10, 0.5)
+    for eta in (-1.0, 2.0, math.nan):
+        with pytest.raises(EdadmError, match="choose 0"):
+            sampler_of(DIT_XL, 10, eta)
 
 
 def test_flows_need_to_know_their_network_and_its_tokens():
@@ -366,8 +369,8 @@ def test_flows_need_to_know_their_network_and_its_tokens():
 
 @pytest.mark.parametrize(
     ("config", "steps"),
-    [(SD14, 0), (SD14, 1000), (DIT_XL, 1001), (CASES["pndm runge-kutta"], 3), (UNIPC, 0)],
-    ids=["none", "offset beyond the training", "too many", "runge-kutta", "none of unipc"],
+    [(SD14, 0), (SD14, 1000), (DIT_XL, 1001), (CASES["pndm runge-kutta"], 3), (UNIPC, 0), (UNIPC, 2000)],
+    ids=["none", "offset beyond the training", "too many", "runge-kutta", "none of unipc", "more than trained"],
 )
 def test_impossible_numbers_of_steps_are_named_at_once(config, steps):
     with pytest.raises(EdadmError, match=f"{steps} steps"):
