@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,16 @@ from edadm.tasks.base import PIPELINE, Own, Task, fitting, require_size
 from edadm.tasks.latent import shape_of
 from edadm.tasks.pipeline_calls import CALLS, FEATURES, Shape, adapt, constants, embeds_guidance
 from edadm.tasks.pipeline_decoder import PipelineDecoder, pixels_per_position
-from edadm.tasks.pipeline_parts import TEXT_ENCODERS, TOKENIZERS, Parts, fetched, load_part, load_texts, of_folder
+from edadm.tasks.pipeline_parts import (
+    INDEX,
+    TEXT_ENCODERS,
+    TOKENIZERS,
+    Parts,
+    fetched,
+    load_part,
+    load_texts,
+    of_folder,
+)
 from edadm.tasks.pipeline_prompts import PipelinePrompts, encode
 from edadm.tasks.released import CONDITIONS, as_released
 from edadm.tasks.text import split_prompts
@@ -81,8 +91,15 @@ def pipeline(
         load=lambda place: adapted(load_part(place, parts.denoiser, parts.denoiser_class)),
         conditions=conditions and (lambda: as_released(conditions(), calibration_conditions, evaluation_seed)),
         decoder=decoder and PipelineDecoder(decoder[1], partial(load_part, folder, decoder[0])),
-        hashed=tuple(sorted(parts.components & hashed)),
+        hashed=_hashed(folder, parts.components & hashed),
     )
+
+
+def _hashed(folder: Path, components: Collection[str]) -> tuple[str, ...]:
+    """Return the parts of a folder that belong to the checkpoint: all of it where they have no folders of their own."""
+    if not all((folder / name).is_dir() for name in components):
+        return ()
+    return (INDEX, *sorted(components))  # the index says the class, and how no prompt is encoded
 
 
 def task_of(parts: Parts, given: Given, texts: Callable[[], Any]) -> Task:

@@ -42,13 +42,14 @@ class LiveTask(Task):
         return self.own.adapt(copy.deepcopy(self.module).to(device).eval().requires_grad_(False))
 
     def sha256(self) -> str:
-        """Return a hash of the denoiser and of what makes conditions: text encoders and vocabularies."""
+        """Return a hash of the denoiser, of what makes conditions, and of the pipeline's class and own settings."""
         return self._sha256
 
     @cached_property
     def _sha256(self) -> str:
         changed = {"config": io.config_of(self.module), "patches": io.patches(self.module)}
         facts = {"denoiser": tensors_sha256(self.module), "of": json.loads(json.dumps(changed, default=list))}
+        facts["pipeline"] = {"class": type(self.pipe).__name__, **_settings(self.pipe)}
         for name in TEXT_ENCODERS:
             if (encoder := getattr(self.pipe, name, None)) is not None:
                 facts[name] = tensors_sha256(encoder)
@@ -77,9 +78,20 @@ def live(pipe: Any, given: Given) -> LiveTask:
         )
     if hasattr(module, "_hf_hook"):
         raise EdadmError(f"{parts.denoiser} of {parts.place} is offloaded: quantize first, then switch offloading on")
+    if any(getattr(block, "s1", None) is not None for block in getattr(module, "up_blocks", ())):
+        raise EdadmError(
+            f"FreeU is on in {parts.place}, and a quantized denoiser is built without it: call pipe.disable_freeu()"
+        )
     task = task_of(parts, given, lambda: pipe)
     same = {field.name: getattr(task, field.name) for field in fields(Task)}
     return LiveTask(**same, pipe=pipe, component=parts.denoiser)
+
+
+def _settings(pipe: Any) -> dict[str, Any]:
+    """Return what the configuration of a pipeline says besides its components, such as how it encodes no prompt."""
+    own = {name: value for name, value in pipe.config.items() if name[0] != "_" and name not in pipe.components}
+    settings: dict[str, Any] = json.loads(json.dumps(own, default=str))
+    return settings
 
 
 def tensors_sha256(module: nn.Module) -> str:

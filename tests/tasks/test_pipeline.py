@@ -198,6 +198,7 @@ def test_a_pipeline_of_one_folder_is_read(saved: Callable[[str], Path], tmp_path
     """Early repositories on the hub have the files of their only network beside model_index.json."""
     for file in saved("ddim").rglob("*.*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert pipeline(str(tmp_path)).hashed == ()
     mine, whole = pipeline(str(tmp_path)).denoiser(), pipeline(str(saved("ddim"))).denoiser()
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in mine.state_dict().items())
 
@@ -368,6 +369,19 @@ def test_a_live_pipeline_is_known_by_all_that_makes_its_trajectories(tmp_path: P
     assert len({hashed(pipe) for pipe in (first, other, texts, words)}) == 4
 
 
+def test_class_and_settings_of_a_pipeline_are_part_of_its_key(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    made = lambda: small_pipelines.stable_diffusion_xl(tmp_path / "vocabulary")
+    hashed = lambda pipe: live(pipe, Given(prompts=lambda: ((), PROMPTS))).sha256()
+    changed_pipe, derived = made(), made()
+    changed_pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    derived.__class__ = type("Own", (type(derived),), {})
+    assert len({hashed(pipe) for pipe in (made(), changed_pipe, derived)}) == 3
+    folder = copy_of(saved("stable_diffusion_xl"), tmp_path / "pipeline")
+    before = pipeline(str(folder)).sha256()
+    changed(folder, "model_index.json", force_zeros_for_empty_prompt=False)
+    assert pipeline(str(folder)).sha256() != before
+
+
 def test_a_live_pipeline_keeps_its_denoiser(tmp_path: Path) -> None:
     pipe = small_pipelines.flux(tmp_path)
     task = live(pipe, Given(sample_shape=(4, 8, 8), prompts=lambda: ((), PROMPTS)))
@@ -380,6 +394,12 @@ def test_a_live_pipeline_that_cannot_be_calibrated_is_named(tmp_path: Path) -> N
     with pytest.raises(EdadmError, match="a UNet2DModel is no diffusers pipeline"):
         live(pipe.unet, Given())
     pipe.unet._hf_hook = object()
+    free = small_pipelines.stable_diffusion(tmp_path / "vocabulary")
+    free.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    with pytest.raises(EdadmError, match=r"FreeU is on .*disable_freeu"):
+        live(free, Given(prompts=lambda: ((), PROMPTS)))
+    free.disable_freeu()
+    live(free, Given(prompts=lambda: ((), PROMPTS)))
     with pytest.raises(EdadmError, match="offloaded: quantize first"):
         live(pipe, Given())
     del pipe.unet._hf_hook
