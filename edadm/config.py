@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -118,13 +119,38 @@ def _offer(folder: Path) -> None:
 @lru_cache(maxsize=64)
 def _compose(overrides: tuple[str, ...]) -> DictConfig:
     import hydra
-    from hydra.core.global_hydra import GlobalHydra
 
     offer_experiments()
-    if GlobalHydra.instance().is_initialized():
+    if _is_in_our_job():
         return hydra.compose("config", list(overrides))
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    with _without_other_job(), hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose("config", list(overrides))
+
+
+def _is_in_our_job() -> bool:
+    """Say whether Hydra composes from ``conf``, and not from the configuration of an application that calls ours."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    state = GlobalHydra.instance()
+    if not state.is_initialized():
+        return False
+    places = (element.path for element in state.config_loader().get_search_path().get_path())
+    return any(Path(place.removeprefix("file://")).resolve() == CONF for place in places if place)
+
+
+@contextmanager
+def _without_other_job() -> Iterator[None]:
+    """Set aside what the calling application has initialised Hydra with."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.version import VersionBase
+
+    job, base = GlobalHydra.instance().hydra, VersionBase.instance().version_base
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = job
+        VersionBase.instance().version_base = base
 
 
 def options(group: str) -> list[str]:

@@ -3,8 +3,10 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import hydra
 import pytest
 from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.version import getbase
 from omegaconf import OmegaConf
 
 from edadm import config
@@ -253,3 +255,16 @@ def test_another_sampler_of_the_images_leaves_the_calibration_as_it_is() -> None
 def test_a_pair_without_a_task_is_skipped_and_lists_the_pairs() -> None:
     with pytest.raises(config.Skipped, match=r"dataset=imagenet.*dataset=cifar10"):
         settings("model=cifar10_tiny", "dataset=imagenet")
+
+
+def test_another_application_of_hydra_keeps_its_configuration(tmp_path: Path) -> None:
+    """A user's own application may call edadm.quantize while Hydra is initialised with the user's files."""
+    (tmp_path / "config.yaml").write_text("mine: 3\n")
+    config._compose.cache_clear()
+    with hydra.initialize_config_dir(str(tmp_path), version_base="1.2"):
+        assert settings("method=rtn")["method"] == "rtn"
+        assert hydra.compose("config") == {"mine": 3} and str(getbase()) == "1.2"
+    config._compose.cache_clear()
+    with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
+        assert config._is_in_our_job() and settings("method=rtn")["method"] == "rtn"
+    assert not config._is_in_our_job()
