@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ _NOT_WEIGHTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the weights: fetch the file itself (git lfs pull)",
     b"<": "a web page, not the weights: download the file itself",
 }
+_FORBIDDEN = re.compile(r"GLOBAL (\S+) was not an allowed global")  # of torch's own reader
 
 
 class _Placeholder:
@@ -111,6 +113,8 @@ def _read_torch(path: Path) -> Any:
         with torch.serialization.safe_globals(placeholders):
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
     except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError, UnicodeDecodeError) as error:
+        if forbidden := _FORBIDDEN.search(str(error)):  # a file of torch before 1.6, whose names cannot be listed
+            raise _foreign(path, [forbidden[1]]) from error
         raise _unreadable(path, error) from error
 
 
@@ -119,11 +123,15 @@ def _foreign_objects(path: Path) -> list[str]:
     names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     unknown = sorted(name for name in names if not name.startswith(_TRAINER_PACKAGES))
     if unknown:
-        raise EdadmError(
-            f"{path} asks for {', '.join(unknown[:8])}, which plain weights do not need, so it is not read. "
-            "If you trust it, save its state dict as .safetensors and give that file."
-        )
+        raise _foreign(path, unknown)
     return names
+
+
+def _foreign(path: Path, names: Sequence[str]) -> EdadmError:
+    return EdadmError(
+        f"{path} asks for {', '.join(names[:8])}, which plain weights do not need, so it is not read. "
+        "If you trust it, save its state dict as .safetensors and give that file."
+    )
 
 
 def _unreadable(path: Path, error: Exception) -> EdadmError:

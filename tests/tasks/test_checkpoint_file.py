@@ -63,6 +63,14 @@ def test_a_file_that_asks_for_other_code_is_refused_and_nothing_runs(tmp_path, m
     assert not (tmp_path / "ran").exists()
 
 
+def test_an_old_file_with_objects_of_a_trainer_is_not_called_truncated(tmp_path):
+    path = tmp_path / "old.pt"
+    content = {"state_dict": WEIGHTS, "args": argparse.Namespace(lr=0.1)}
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(EdadmError, match=r"asks for argparse\.Namespace, .*save its state dict as \.safetensors"):
+        read_file(path)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt", "old.pt"])
 @pytest.mark.parametrize("kept", [0, 40, 0.5, 0.99])
 def test_a_truncated_file_is_named(name, kept, tmp_path):
