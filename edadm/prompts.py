@@ -28,13 +28,13 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
 
 
 def read_captions(path: str | os.PathLike) -> list[str]:
-    """Read the prompts of a file, each text once: captions of MS-COCO (``captions_val2014.json``), or a text file.
+    """Read the prompts of a file: captions of MS-COCO (``captions_val2014.json``), each once, or lines of a text file.
 
     Raises EdadmError as `read_prompts` does, and for a json file that is no caption file of MS-COCO.
     """
     path = Path(path).expanduser()
     if path.suffix != ".json":
-        return list(dict.fromkeys(read_prompts(path)))
+        return read_prompts(path)
     try:
         captions = [str(entry["caption"]).strip() for entry in json.loads(_text(path))["annotations"]]
     except (ValueError, KeyError, TypeError) as error:

@@ -24,11 +24,23 @@ def test_a_task_without_anything_says_what_to_get_and_what_to_expect() -> None:
 
 
 def test_a_text_to_image_task_asks_for_prompts(tmp_path: Path) -> None:
-    words = ["task=drawbench_sd14", "device=cpu"]
+    words = ["task=coco_sd14", "device=cpu"]
     assert "prompts      MISSING: dataset.prompts is not set" in requirements.report(settings(*words))[0]
     (tmp_path / "prompts.txt").write_text("\n".join(f"a red cube {i}" for i in range(20)))
     text, _ = requirements.report(settings(*words, f"dataset.prompts={tmp_path / 'prompts.txt'}"))
     assert "18 to evaluate, 2 others to calibrate" in text
+
+
+def test_drawbench_is_evaluated_on_all_of_its_prompts(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a red cube {i}" for i in range(20)))
+    (tmp_path / "captions.txt").write_text("a cat\na dog")
+    words = ["task=drawbench_sd14", "device=cpu", f"dataset.prompts={tmp_path / 'prompts.txt'}"]
+    text, _ = requirements.report(settings(*words))
+    assert "prompts      MISSING: task drawbench_sd14 evaluates every prompt" in text and "captions_val2014" in text
+    text, _ = requirements.report(settings(*words, f"dataset.calibration_prompts={tmp_path / 'captions.txt'}"))
+    assert "20 to evaluate, 2 others to calibrate" in text
+    text, _ = requirements.report(settings(*words, "task.calibration_conditions=released"))
+    assert "20 to evaluate, 0 others to calibrate" in text
 
 
 def test_what_is_there_is_found(tmp_path: Path) -> None:

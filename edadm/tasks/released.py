@@ -10,7 +10,8 @@ from edadm.errors import EdadmError
 from edadm.sampling.guidance import Condition, Conditions
 from edadm.sampling.noise import CALIBRATION, EVALUATION
 
-CONDITIONS = ("disjoint", "released")
+RELEASED = "released"
+CONDITIONS = ("disjoint", RELEASED)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edadm.errors import EdadmError
+from edadm.prompts import read_captions
 from edadm.sampling.guidance import Conditions
 from edadm.sampling.interface import NOISE
 from edadm.tasks import text, weights
@@ -26,7 +27,7 @@ from edadm.tasks.ldm_checkpoint import (
     load_unet,
     text_encoder_state,
 )
-from edadm.tasks.released import CONDITIONS, as_released
+from edadm.tasks.released import CONDITIONS, RELEASED, as_released
 
 # the files of a pipeline that are read, of which a hub name is downloaded
 PARTS = {
@@ -50,8 +51,8 @@ def coco_sd14(**given: Any) -> Task:
 
 
 def drawbench_sd14(**given: Any) -> Task:
-    """Return DrawBench prompts with Stable Diffusion v1.4; see `text_task`."""
-    return text_task("drawbench_sd14", **given)
+    """Return DrawBench prompts with Stable Diffusion v1.4, all of them evaluated; see `text_task`."""
+    return text_task("drawbench_sd14", **given, all_prompts=True)
 
 
 def text_task(
@@ -66,12 +67,14 @@ def text_task(
     remedy: str = "set model.path",
     params: LdmParams = LDM_MODELS["sd14"],
     text_config: Mapping[str, Any] = text.CLIP_VIT_L_14,
+    all_prompts: bool = False,
 ) -> Task:
     """Return a text-to-image task of Stable Diffusion v1.
 
     prompts, calibration_prompts: files, see `edadm.tasks.text.split_prompts`. sample_shape: (4, h, w) of a latent, an
     eighth of the image. calibration_conditions: see `edadm.tasks.released`. expected: metric -> [value, deviation] of
-    full precision at profile=paper. params, text_config: of an original checkpoint file.
+    full precision at profile=paper. params, text_config: of an original checkpoint file. all_prompts: whether none of
+    the file may be kept for calibration.
     """
     where = weights.fetched(path, PARTS["path"], GIGABYTES)
     _require_noise_prediction(where, name)
@@ -91,7 +94,11 @@ def text_task(
                 f"task {name} needs prompts: set dataset.prompts to a text file with one prompt a line, or to "
                 "captions_val2014.json of MS-COCO"
             )
-        own = text.TextConditions(*text.split_prompts(prompts, calibration_prompts), encoder)
+        if all_prompts and calibration_prompts is None:
+            split = _all_evaluated(name, prompts, calibration_conditions)
+        else:
+            split = text.split_prompts(prompts, calibration_prompts)
+        own = text.TextConditions(*split, encoder)
         return as_released(own, calibration_conditions, evaluation_seed)
 
     task = Task(
@@ -107,6 +114,17 @@ def text_task(
         remedy=remedy,
     )
     return task
+
+
+def _all_evaluated(name: str, prompts: str, calibration_conditions: str) -> tuple[list[str], list[str]]:
+    """Return all prompts of a file to evaluate, and none to calibrate. Raises EdadmError where some are needed."""
+    if calibration_conditions != RELEASED:
+        raise EdadmError(
+            f"task {name} evaluates every prompt of dataset.prompts, which leaves none to calibrate with: set "
+            "dataset.calibration_prompts to a file of others, such as captions_val2014.json of MS-COCO, or "
+            f"task.calibration_conditions={RELEASED} to calibrate with the first evaluated ones as the released code"
+        )
+    return read_captions(prompts), []
 
 
 def _require_noise_prediction(place: Path | None, name: str) -> None:

@@ -39,8 +39,9 @@ class Encode(Protocol):
 def split_prompts(path: str, calibration_path: str | None) -> tuple[list[str], list[str]]:
     """Return the prompts of the evaluated images in their order, and those that calibrate.
 
-    Captions (.json) are shuffled; the lines of a text file keep their order. Raises EdadmError for files that
-    `edadm.prompts.read_captions` refuses, and where a calibration prompt is evaluated or none is left.
+    Captions (.json) are shuffled; the lines of a text file keep their order, also those that are there twice. Raises
+    EdadmError for files that `edadm.prompts.read_captions` refuses, and where no calibration prompt is left that is not
+    evaluated.
     """
     prompts = read_captions(path)
     if Path(path).suffix == ".json":
@@ -49,14 +50,25 @@ def split_prompts(path: str, calibration_path: str | None) -> tuple[list[str], l
         kept = len(prompts) - max(1, len(prompts) // HELD_OUT)
         if not kept:
             raise EdadmError(f"{path} has one prompt, which cannot calibrate and be evaluated: give more")
-        return prompts[:kept], prompts[kept:]
-    evaluated = set(prompts)
-    calibration = [prompt for prompt in read_captions(calibration_path) if prompt not in evaluated]
+        calibration = _others(prompts[kept:], prompts[:kept])
+        if not calibration:
+            raise EdadmError(
+                f"every prompt of the last tenth of {path} is there before, too: set dataset.calibration_prompts to a "
+                "file with others"
+            )
+        return prompts[:kept], calibration
+    calibration = _others(read_captions(calibration_path), prompts)
     if not calibration:
         raise EdadmError(
             f"every prompt of dataset.calibration_prompts={calibration_path} is in dataset.prompts={path}: give others"
         )
     return prompts, calibration
+
+
+def _others(prompts: Sequence[str], evaluated: Sequence[str]) -> list[str]:
+    """Return the prompts that are not evaluated, each once."""
+    taken = set(evaluated)
+    return [prompt for prompt in dict.fromkeys(prompts) if prompt not in taken]
 
 
 @dataclass(frozen=True, eq=False)

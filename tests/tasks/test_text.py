@@ -49,6 +49,16 @@ def test_a_file_of_calibration_prompts_gives_up_those_that_are_evaluated(lines: 
         conditions(lines, str(other))
 
 
+def test_lines_that_are_there_twice_keep_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(["a cat", "a dog", "a cat", *"abcdefgh", "a cat", *"ijklmnop"]))
+    evaluated, calibration = text.split_prompts(str(path), None)
+    assert evaluated == ["a cat", "a dog", "a cat", *"abcdefgh", "a cat", *"ijklmn"] and calibration == ["o", "p"]
+    path.write_text("\n".join([*"abcdefghi", "a"]))
+    with pytest.raises(EdadmError, match=r"last tenth of .* is there before.*dataset\.calibration_prompts"):
+        text.split_prompts(str(path), None)
+
+
 def test_captions_are_shuffled_the_same_way_every_time(tmp_path: Path) -> None:
     path = tmp_path / "captions_val2014.json"
     captions = [f"caption {i}" for i in range(50)]
