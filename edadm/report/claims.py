@@ -98,9 +98,11 @@ def sides(claim: Claim, records: Iterable[Record]) -> dict[Group, tuple[Runs, Ru
 
 def lost_runs(claim: Claim, records: Iterable[Record]) -> dict[Group, list[Record]]:
     """Return the runs that diverged or failed, one for each seed without a result, where both sides were tried."""
+    usable = _usable(claim, records)
+    full_precision = [record for record in usable if record.is_fp]
     found = {}
-    for key, runs in _by_side(claim, _usable(claim, records)).items():
-        tried = runs[:1] if claim.second["method"] == FP_METHOD else runs
+    for key, (first, second) in _by_side(claim, usable).items():
+        tried = (first, full_precision if claim.second["method"] == FP_METHOD else second)
         lost = [record for side in tried for record in _lost_of(side)]
         if lost and all(tried):
             found[key] = lost

@@ -154,6 +154,8 @@ def test_a_verdict_says_how_many_seeds_diverged() -> None:
     assert [(one.outcome, one.why) for one in found.verdicts] == [(UNDECIDED, "edadm: 2 seeds diverged")]
     assert found.not_run == ()
     assert judged(lost).verdicts == ()  # nothing of the other side was tried
+    assert judged(lost, claim("fp")).verdicts == ()
+    assert [one.why for one in judged([fp(), *lost], claim("fp")).verdicts] == ["edadm: 2 seeds diverged"]
 
 
 def test_two_versions_of_a_metric_are_the_reason() -> None:
