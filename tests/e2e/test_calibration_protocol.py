@@ -25,7 +25,7 @@ def test_a_record_names_the_sampler_of_the_images_and_that_of_the_calibration(to
     named = record.config["calibration_sampler"]
     assert (named["name"], named["steps"]) == expected
     assert (record.config["sampler"]["name"], record.config["sampler"]["steps"]) == ("dpm_solver", 3)
-    assert record.protocol["sampler"]["part"] == "DPMSolver"
+    assert record.protocol["sampler"]["part"] == "edadm.sampling.multistep.DPMSolver"
     assert record.variant.get("calibration_sampler") == (expected[0] if words else None)
     rows, facts = CalibrationSet.load(run.store.find("calibration", run.key("calibration")) / stages.CALIBRATION)
     assert facts["sampler"] == expected[0] and int(rows.step.max()) < expected[1]

@@ -38,7 +38,7 @@ class Prompts:
         tokens = [numpy_rng(f"{stream}/prompts", seed, n).standard_normal((4, 6), dtype=np.float32) for n in numbers]
         return {"encoder_hidden_states": torch.from_numpy(np.stack(tokens))}
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, stream: str) -> dict[str, Any]:
         return {"part": "Prompts"}
 
 

@@ -79,7 +79,11 @@ def test_a_text_to_image_pipeline_runs_with_the_sampler_asked_for(words: Words) 
     record = record_of(words("stable_diffusion", "method=rtn", "sampler=ddim_uniform", "sampler.guidance_scale=3"))
     assert record.status == "ok" and record.config["calibration_sampler"]["name"] == "own"
     sampler = record.protocol["sampler"]
-    assert (sampler["part"], sampler["beta_end"], sampler["beta_schedule"]) == ("Sampler", 0.012, "scaled_linear")
+    assert (sampler["part"], sampler["beta_end"], sampler["beta_schedule"]) == (
+        "edadm.sampling.ddim.Sampler",
+        0.012,
+        "scaled_linear",
+    )
     assert record.protocol["guidance"]["scale"] == 3
 
 

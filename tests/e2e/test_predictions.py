@@ -39,7 +39,7 @@ class Texts:
 
         return {name: torch.from_numpy(np.stack([draw(name, n) for n in numbers])) for name in self.shapes}
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, stream: str) -> dict[str, Any]:
         return {"part": "Texts"}
 
 

@@ -127,7 +127,7 @@ class Captions:
     def rows(self, stream: str, seed: int, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
         raise AssertionError("nothing is sampled")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, stream: str) -> dict[str, Any]:
         return {"captions": 1}
 
     def prompts(self, stream: str, seed: int, numbers: Sequence[int]) -> list[str]:

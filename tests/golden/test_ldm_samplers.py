@@ -35,7 +35,7 @@ class Labelled:
     def rows(self, stream: str, seed: int, numbers: range) -> Condition:
         return self.given
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, stream: str) -> dict[str, Any]:
         return {}
 
 
