@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edadm import config, estimate, experiment, memory, records
+from edadm import config, estimate, experiment, memory, records, stages, store
 from edadm.errors import EdadmError
 from edadm.keys import Run
 from edadm.quant import io
@@ -96,12 +96,12 @@ def test_the_place_changes_no_artefact_and_no_record(
         monkeypatch.setenv("EDADM_CACHE", str(tmp_path / place))
         words = ("method=edadm", f"reconstruction.cache={place}", f"results={tmp_path / place / 'results'}")
         run = toy(*words)
-        left = run.store.workspace("quantized", run.key("quantized")) / "cache" / "of a killed run"
-        left.parent.mkdir()
+        left = run.store.workspace("quantized", run.key("quantized")) / stages.CACHE / "of a killed run"
+        left.parent.mkdir(parents=True)
         left.write_bytes(bytes(10))
         record = records.read(experiment.execute(run))
         folder = run.store.path("quantized", run.key("quantized"))
-        assert not (folder / "cache").exists()
+        assert not (folder / store.SCRATCH).exists()
         made[place] = ((folder / io.WEIGHTS).read_bytes(), record.hash, record.config, record.metrics)
     assert made["device"] == made["host"] == made["disk"]
 

@@ -113,7 +113,6 @@ def _reconstruction() -> Iterator[tuple[str, Pin]]:
         network, rows = QuantModel.wrap(tiny_unet(), Bits(4, 8)), (wave(8, 3, 8, 8), torch.arange(8) * 120)
         set_weight_ranges(network, MSE())
         set_ranges = partial(set_activation_ranges, network, MSE(), [lambda: network(*rows)])
-        set_ranges()
         found: list[float] = []
         reconstruct(
             network, rows, settings, granularity, seeded(0), limit=5, set_activation_ranges=set_ranges,
