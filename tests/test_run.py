@@ -91,7 +91,10 @@ def test_a_sweep_killed_by_the_system_ends_with_the_numbers_of_an_undisturbed_on
 
     assert call(tmp_path / "whole", *line("undisturbed"))[0] == 0
     process = start(tmp_path / "killed", *line("killed_results"))
-    while len(list((tmp_path / "killed" / "quantized").glob("*.partial/units/[!.]*"))) < 4 and process.poll() is None:
+    while (
+        len(list((tmp_path / "killed" / "quantized").glob("*.partial/scratch/units/[!.]*"))) < 4
+        and process.poll() is None
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
