@@ -101,3 +101,9 @@ def test_a_broken_record_is_named(tmp_path: Path):
         path.write_text(text)
         with pytest.raises(EdadmError, match="holds no record of the embedded assets"):
             read(path)
+
+
+def test_the_measured_ladder_is_in_order():
+    """Held-out images, JPEG, blur, samples, a per-pixel Gaussian and noise are ever further from the training set."""
+    ladder = list(json.loads(RECORD.read_text(encoding="utf-8"))["ladder_fd_tiny"].values())
+    assert len(ladder) == 6 and ladder == sorted(ladder)

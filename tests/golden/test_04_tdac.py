@@ -71,7 +71,7 @@ def test_counts_equal_official(case_and_tensors):
             continue
         # one more each for any set of the largest rounded counts: the official order of equal counts is unstable
         extra = settings["remainder"]
-        assert set((counts - rounded).tolist()) == {0, 1} if extra < len(counts) else {1}, name
+        assert set((counts - rounded).tolist()) == ({0, 1} if extra < len(counts) else {1}), name
         assert sorted(rounded[counts > rounded].tolist()) == sorted(rounded.tolist())[-extra:], name
         assert sorted(counts.tolist()) == sorted(official.tolist()), name
 
