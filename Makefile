@@ -13,6 +13,7 @@ demo: $(VENV)/.installed
 
 # The demo from nothing, and its metrics against the seed noise kept in results/bands: 5 minutes of two idle cores.
 demo-check: $(VENV)/.installed
+	@test -f results/bands/demo.json || { echo 'the demo has no band yet: python -m experiments.demo_band commands demo'; exit 1; }
 	rm -rf build/demo-check
 	EDADM_CACHE=$(CURDIR)/build/demo-check/cache $(BIN)/python $(DEMO) results=$(CURDIR)/build/demo-check/results
 	$(BIN)/python -m experiments.demo_band check demo build/demo-check/results
