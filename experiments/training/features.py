@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from edadm.metrics.tiny_network import TinyResNet
 from edadm.tasks.cifar10 import load_cifar10
 from experiments.training.data import Shuffled, shifted, to_unit_range
-from experiments.training.loop import FACTS, Options, Training, half, optimise, placed
+from experiments.training.loop import FACTS, Options, Training, half, optimise, placed, running_average
 
 
 def train(options: Options) -> None:
@@ -26,7 +25,7 @@ def train(options: Options) -> None:
     if options.init:
         model.load_state_dict(load_file(options.init))
     placed(model, options.device)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)
+    average = running_average(model, options.ema, use_buffers=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     steps = int(options.epochs * batches.steps_per_epoch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, steps, pct_start=0.2, cycle_momentum=False)

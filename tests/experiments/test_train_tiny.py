@@ -104,3 +104,16 @@ def test_minibatches_are_those_of_their_rows() -> None:
     assert np.array_equal(chosen, rows)
     for row, mirrored, image in zip(rows, flip, made):
         assert np.array_equal(image, images[row][:, :, ::-1] if mirrored else images[row])
+
+
+def test_the_average_forgets_the_first_weights() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = loop.running_average(model, decay=0.5)
+    seen = []
+    for value in (100.0, *[1.0] * 8, 3.0):
+        torch.nn.init.constant_(model.weight, value)
+        average.update_parameters(model)
+        seen.append(float(average.module.weight))
+    assert seen[:2] == pytest.approx([100.0, 1 + 99 * 2 / 11])
+    assert seen[9] == pytest.approx((seen[8] + 3) / 2)  # the decay is 0.5 from the ninth step on
+    assert seen[8] == pytest.approx(1, abs=0.03)
