@@ -37,16 +37,16 @@ class Replay(RandomSource):
         packed = self.tensors[f"{self.prefix}mask.{name}.pass{pass_index}"][iteration]
         official = self.mask_shapes[name]
         flat = np.unpackbits(packed.numpy(), count=math.prod(official))
-        return _to_our_layout(torch.from_numpy(flat).bool().view(official), name, len(shape)).view(shape)
+        return to_our_layout(torch.from_numpy(flat).bool().view(official), name, len(shape)).view(shape)
 
 
-def _to_our_layout(mask: torch.Tensor, name: str, ndim: int) -> torch.Tensor:
+def to_our_layout(x: torch.Tensor, name: str, ndim: int) -> torch.Tensor:
     """Official q (B, N, C), k and v (B, C, N), softmax (B, keys, queries), projection inputs (B, C, h, w)."""
     if name.endswith(("act_quantizer_k", "act_quantizer_v", "act_quantizer_w")):
-        return mask.transpose(1, 2)
-    if mask.ndim == 4 and ndim == 3:
-        return mask.flatten(2).transpose(1, 2)
-    return mask
+        return x.transpose(1, 2)
+    if x.ndim == 4 and ndim == 3:
+        return x.flatten(2).transpose(1, 2)
+    return x
 
 
 @contextmanager
@@ -149,6 +149,9 @@ def assert_course_equals(case: dict, tensors: dict, recorder: Recorder) -> None:
         gradient = sampled(recorder.gradients[name], stride)
         limit = max(3e-4, 3 * own["grad1_max_rel_to_max"])
         assert relative_to_max(gradient, tensors[f"grad1.{name}"]) <= limit, name
+        if f"grad1_norm.{name}" in tensors:
+            norm = recorder.gradients[name].norm()
+            assert relative_to_max(norm, tensors[f"grad1_norm.{name}"].squeeze()) <= limit, name
         final, stored = sampled(recorder.parameters[name], stride), tensors[f"final.{name}"]
         if name.endswith("alpha"):
             moved = own.get("final_frac_gt_0p01", own.get("final_frac_gt_0p001"))

@@ -58,6 +58,9 @@ def test_ranges_and_outputs_equal_official(case, networks, official_names):
     batch = settings["calibration"]["act_batch"]
     for tag, network in networks.items():
         variant, ours = settings["variants"][tag], quantizers_of(network, official_names)
+        with torch.no_grad():
+            unquantized = network(tensors["x"], tensors["t"]).sample
+        assert ((unquantized - tensors["eps_fp"]).abs() <= tolerance["eps_fp_max_abs"]).all()
         set_weight_ranges(network, MSE())
         for name, facts in variant["quantizers"].items():
             if facts["kind"] == "weight":
