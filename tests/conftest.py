@@ -4,13 +4,17 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # runs with two threads beside another worker: do not spin
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # before edadm notes torch's own number
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def _one_thread():
+    """A run sets the number of threads of its process: the next test starts with one again."""
     torch.set_num_threads(1)
 
 
