@@ -9,19 +9,12 @@ from edadm.quant.ranges import MSE, MinMax
 from edadm.quant.rounding import per_channel
 from tests.golden.cases import assert_within, load
 
-
-def max_sym(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The released ``max_sym`` mode (6.5): zero point 0 on an unsigned grid, so every negative weight becomes 0."""
-    scale = (weight.flatten(1).double().abs().amax(1) / 2**bits).clamp(min=1e-8).float()
-    return scale, torch.zeros_like(scale)
-
-
 RULES = {
     "mse_sym": MSE().weight,
     "mse_asym": MSE(symmetric=False).weight,
     "max": MinMax().weight,
-    "max_sym": max_sym,
 }
+NOT_OFFERED = {"max_sym"}  # maps every negative value to 0 (6.5)
 SIDES = {"no": (True, True), "pos": (False, True), "neg": (True, False)}
 
 
@@ -32,25 +25,30 @@ def score(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, l
 
 
 def near_ties(weight, levels, ours, official) -> torch.Tensor:
-    """Channels on another candidate than the official code whose score is as good (tolerance ``near_tie``)."""
+    """Channels on another candidate than the official code whose score is as good (tolerance ``near_tie``).
+
+    Candidates are a hundredth of the largest apart; a step that is off by less is no candidate.
+    """
     mine, theirs = score(weight, *ours, levels), score(weight, *official, levels)
-    return (mine - theirs).abs() <= 2e-6 * theirs
+    apart = (ours[0] / official[0] - 1).abs()
+    return ((mine - theirs).abs() <= 2e-6 * theirs) & ((apart <= 1e-6) | (apart >= 9e-3))
 
 
 def test_weight_ranges_and_values_equal_official(golden):
     case, tensors = load(golden / "eda_ddim" / "05_weight_quant")
     tolerance, channels, moved = case["tolerance"], 0, 0
-    assert {c["mode"] for c in case["cases"]} <= RULES.keys()
+    assert {c["mode"] for c in case["cases"]} <= RULES.keys() | NOT_OFFERED
     for c in case["cases"]:
         weight, name = tensors[f"w.{c['weight']}"], c["name"]
-        ours = RULES[c["mode"]](weight, c["bits"])
         official = tuple(tensors[f"{name}.{kind}"].reshape(-1) for kind in ("delta", "zero_point"))
-        same = ((ours[0] - official[0]).abs() <= tolerance["delta_rel"] * official[0]) & (ours[1] == official[1])
-        if c["mode"].startswith("mse"):
-            same_score = near_ties(weight, 2 ** c["bits"], ours, official)
-            channels, moved = channels + len(same), moved + int((~same & same_score).sum())
-            same |= same_score
-        assert same.all(), name
+        if c["mode"] in RULES:
+            ours = RULES[c["mode"]](weight, c["bits"])
+            same = ((ours[0] - official[0]).abs() <= tolerance["delta_rel"] * official[0]) & (ours[1] == official[1])
+            if c["mode"].startswith("mse"):
+                same_score = near_ties(weight, 2 ** c["bits"], ours, official)
+                channels, moved = channels + len(same), moved + int((~same & same_score).sum())
+                same |= same_score
+            assert same.all(), name
 
         quantizer = WeightQuantizer(c["bits"], name)
         quantizer.set(*official)
@@ -64,7 +62,7 @@ def test_weight_ranges_and_values_equal_official(golden):
 def test_one_sided_tensors_use_one_side(golden):
     case, tensors = load(golden / "eda_ddim" / "05_weight_quant")
     for c in case["cases"]:
-        if c["one_side"] is None:
+        if c["one_side"] is None or c["mode"] in NOT_OFFERED:
             continue
         weight = tensors[f"w.{c['weight']}"]
         assert (bool(weight.min() < 0), bool(weight.max() > 0)) == SIDES[c["one_side"]], c["name"]
