@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
 from edadm.metrics import clip, clip_tiny
+from edadm.report.page import with_block
 from edadm.sampling.noise import EVALUATION
 from edadm.tasks import cifar10_latent
 from edadm.tasks.base import noise_prediction
@@ -24,7 +25,7 @@ from edadm.tasks.dit_checkpoint import dit_config
 from edadm.tasks.first_stage import first_stage_config
 from edadm.tasks.model_folder import empty_model, load_model
 from edadm.tasks.text import encoder_of_folder
-from experiments import card_latent
+from experiments import card_latent, card_text
 from experiments.training import captions, first_stage, latent_denoiser, latents, loop, modules, tokenizer
 from experiments.training import clip as clip_training
 from experiments.training.diffusion import Diffusion
@@ -299,6 +300,18 @@ def test_cards_say_what_was_measured(exported: Path, data: Path, monkeypatch: py
     psnr = json.loads((records / f"{NAMES['first_stage']}.json").read_text())["psnr"]
     assert f"| PSNR (dB) | {psnr:.4g} |" in autoencoder
     assert "have no record yet" in (exported / NAMES["ldm"] / "README.md").read_text()
+
+
+def test_every_embedded_card_shows_the_scores_of_its_record() -> None:
+    there = [asset for asset in card_text.ABOUT if (card_latent.folder_of(asset) / loop.FACTS).is_file()]
+    assert NAMES["first_stage"] in there
+    for asset in there:
+        folder = card_latent.folder_of(asset)
+        record = json.loads((card_latent.RECORDS / f"{asset}.json").read_text())
+        assert record["weights"] == card_latent.identity(folder), asset
+        page = (folder / "README.md").read_text()
+        assert page == with_block(page, card_latent.BLOCK, card_text.scores_block(asset, record)), asset
+        assert card_text.SEEN not in page, asset
 
 
 def test_a_grid_has_a_row_a_class() -> None:
