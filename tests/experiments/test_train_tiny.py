@@ -113,7 +113,7 @@ def test_the_average_forgets_the_first_weights() -> None:
     for value in (100.0, *[1.0] * 8, 3.0):
         torch.nn.init.constant_(model.weight, value)
         average.update_parameters(model)
-        seen.append(float(average.module.weight))
+        seen.append(average.module.weight.item())
     assert seen[:2] == pytest.approx([100.0, 1 + 99 * 2 / 11])
     assert seen[9] == pytest.approx((seen[8] + 3) / 2)  # the decay is 0.5 from the ninth step on
     assert seen[8] == pytest.approx(1, abs=0.03)
