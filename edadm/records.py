@@ -284,7 +284,7 @@ def provenance(device: str | None = None) -> dict[str, Any]:
     gpu = torch is not None and str(device).startswith("cuda") and torch.cuda.is_available()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.orig_argv),
+        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
         "git": _git_state(Path(__file__).parent),
         "libraries": {name: version for name in _LIBRARIES if (version := _version(name)) is not None},
         "python": platform.python_version(),

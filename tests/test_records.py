@@ -174,3 +174,8 @@ def test_records_are_typed_and_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         record().task = "other"  # type: ignore[misc]
     assert {"calibration", "reconstruction", "optimization", "ranges"} <= {f.name for f in dataclasses.fields(Record)}
+
+
+def test_the_command_line_does_not_say_where_the_interpreter_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["/home/me/.venv/bin/python", "run.py", "method=rtn", "model.path=a b"])
+    assert records.provenance()["command"] == "python run.py method=rtn 'model.path=a b'"
