@@ -30,7 +30,9 @@ def test_block_output_equals_official(folder, golden, golden_unet, official_name
             assert quantizers[name].bits == facts["bits"], name
             quantizers[name].set(tensors[f"{tag}.{name}.delta"], tensors[f"{tag}.{name}.zero_point"])
         arguments = [tensors["x"]] + ([tensors["temb"]] if "temb" in tensors else [])
-        layers = {name: network.layers[official_names[f"{case['block']}.{name}"]] for name in _layers(tensors)}
+        inside = _inside(tensors, tag)
+        stored = [name for name in inside if "act_quantizer" not in name]
+        layers = {name: network.layers[official_names[f"{case['block']}.{name}"]] for name in stored}
         seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         with torch.no_grad():
             float_output = block(*arguments)
@@ -44,7 +46,7 @@ def test_block_output_equals_official(folder, golden, golden_unet, official_name
         error = _relative(output, tensors[f"{tag}.y"])
         tolerance = case["tolerance"]["y_max_abs_rel_to_max"]
         assert (~(error <= tolerance)).float().mean() <= 1e-3, tag  # NaN counts as an error
-        for name in _inside(tensors, tag):
+        for name in inside:
             for value, which in zip(seen[name], ("in", "out"), strict=True):
                 error = _relative(value[:1], to_our_layout(tensors[f"{tag}.inter.{name}.{which}"], name, value.ndim))
                 assert (~(error <= tolerance)).float().mean() <= 1e-3, (tag, name, which)
@@ -54,11 +56,6 @@ def _inside(tensors, tag):
     """Names of the layers and quantizers whose input and output are stored, of row 0."""
     prefix = f"{tag}.inter."
     return sorted({key.removeprefix(prefix).rpartition(".")[0] for key in tensors if key.startswith(prefix)})
-
-
-def _layers(tensors):
-    inside = {key.split(".inter.")[1].rpartition(".")[0] for key in tensors if ".inter." in key}
-    return sorted(name for name in inside if "act_quantizer" not in name)
 
 
 def _keep(seen, name, _module, inputs, output):

@@ -30,7 +30,8 @@ def networks(case, golden_unet, mapping_case, official_names):
     slip = f"up.{len(mapping_case['network']['ch_mult']) - 1}.upsample.conv.act_quantizer"
     result = {}
     for tag in case[0]["variants"]:
-        bits = Bits(*map(int, re.findall(r"\d+", tag)))
+        widths = re.fullmatch(r"W(\d+)A(\d+)(?:S(\d+))?", tag).groups()
+        bits = Bits(*(int(width) for width in widths if width is not None))
         network = QuantModel.wrap(copy.deepcopy(golden_unet), bits, SitePlan(RELEASED_EDGE))
         # Below A8 the official code gives 8 bits to a quantizer that it does not mean (golden README 11.2); we do not.
         if slip.removesuffix(".act_quantizer") in official_names:
@@ -135,7 +136,8 @@ def test_units_visit_every_layer_once_as_it_is_executed(granularity, case, netwo
         network(case[1]["x"][:1], case[1]["t"][:1])
     units = network.units(granularity)
     unit_of = {layer.name: unit.name for unit in units for layer in unit.layers}
-    assert sorted(layer.name for unit in units for layer in unit.layers) == sorted(executed)
+    covered = [layer.name for unit in units for layer in unit.layers]
+    assert sorted(covered) == sorted(executed) == sorted(network.layers)
     assert [unit.name for unit in units if unit.layers] == list(dict.fromkeys(unit_of[name] for name in executed))
 
 
