@@ -114,7 +114,9 @@ def test_the_number_of_runs(name: str, jobs: int) -> None:
     assert len(cli.jobs_of(composed(f"experiments={name}"))) == jobs
 
 
-@pytest.mark.parametrize("name", [name for name in names() if load(name).tasks == ["cifar10_tiny"]])
+@pytest.mark.parametrize(
+    "name", ["table6_ablation", *(name for name in names() if load(name).tasks == ["cifar10_tiny"])]
+)
 def test_runs_of_the_embedded_task_compose_and_differ_from_their_method_in_their_words_only(name: str) -> None:
     jobs = cli.jobs_of(composed(f"experiments={name}"))
     for words in (jobs[0], jobs[-1]):
@@ -126,7 +128,7 @@ def test_the_command_line_narrows_an_axis() -> None:
     jobs = cli.jobs_of(composed("experiments=table6_ablation", "calibration=tdac", "seed=1,2"))
     assert sorted(jobs) == [
         [
-            "task=cifar10_tiny", "profile=reference", "method=edadm", "bits=w4a8", "calibration=tdac",
+            "task=cifar10_ldm_tiny", "profile=reference", "method=edadm", "bits=w4a8", "calibration=tdac",
             f"reconstruction={reconstruction}", f"seed={seed}",
         ]
         for reconstruction in ("block", "fbr")

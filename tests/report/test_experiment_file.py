@@ -49,7 +49,7 @@ def test_an_unknown_scale_names_both() -> None:
 def test_a_row_has_the_words_of_its_block_its_scale_and_its_own() -> None:
     row = load("table6_ablation").rows[1]
     assert row.run == {"method": "edadm", "bits": "w4a8", "calibration": "tdac", "reconstruction": "block"}
-    assert row.words == {"task": "cifar10_tiny", "profile": "reference"} | row.run
+    assert row.words == {"task": "cifar10_ldm_tiny", "profile": "reference"} | row.run
     assert (row.paper, row.seeds) == ({"method": "+TDAC"}, (0, 1, 2))
     paper = load("table6_ablation", "paper").rows[1]
     assert (paper.words["task"], paper.words["profile"], paper.run) == ("imagenet_ldm4", "paper", row.run)

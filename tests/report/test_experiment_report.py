@@ -124,7 +124,8 @@ def test_csv_has_one_line_for_each_row_and_metric(results: Path, capsys: pytest.
     tdac = next(line for line in lines if (line["row"], line["metric"]) == ("+TDAC", "FID"))
     assert (tdac["paper"], tdac["mean"], tdac["n"], tdac["verdict"]) == ("10.75", "0.6", "2000", "same direction")
     assert (
-        tdac["run"].startswith("task=cifar10_tiny profile=reference method=edadm") and len(tdac["records"].split()) == 3
+        tdac["run"].startswith("task=cifar10_ldm_tiny profile=reference method=edadm")
+        and len(tdac["records"].split()) == 3
     )
 
 
@@ -164,7 +165,7 @@ def test_the_list_counts_the_runs_with_a_record(results: Path, capsys: pytest.Ca
         "table6_ablation",
         "Table VI",
         _marked("imagenet_ldm4"),
-        "cifar10_tiny",
+        "cifar10_ldm_tiny",
         "7 of 12",
     ]
     assert "deployment int8" in cells(text, "table11_deployment")[-1]
@@ -209,7 +210,7 @@ def test_figure_10_has_the_images_of_the_paper() -> None:
 def test_rows_of_several_printed_tables_carry_the_end_of_their_task() -> None:
     table = load("table9_samplers_steps")
     assert row_label(table, table.rows[1]) == "DDIM steps=20: Q-Diffusion W8A8"
-    assert run_label(table, table.rows[1]) == "ddim_quad sampler.steps=20 qdiffusion w8a8"
+    assert run_label(table, table.rows[1]) == "ddim_leading sampler.steps=20 sampler.guidance_scale=3.0 qdiffusion w8a8"
     assert row_label(ABLATION, ABLATION.rows[0]) == "baseline"
 
 

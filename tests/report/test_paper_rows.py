@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from edadm.records import Record
-from edadm.report.experiment_file import load
+from edadm.report.experiment_file import Row, load
 from edadm.report.paper_rows import find_rows, standard_words
 from edadm.report.published import changed_numbers
 from tests.report.paper_records import made, run_of, scored
@@ -30,7 +30,7 @@ def test_records_go_to_their_row_by_seed() -> None:
 
 
 def test_a_method_whose_parts_are_spelled_out_is_the_method_itself() -> None:
-    plain = made(["method=edadm", "bits=w4a8", "seed=1"])
+    plain = made(["task=cifar10_ldm_tiny", "method=edadm", "bits=w4a8", "seed=1"])
     assert plain.variant == {}
     assert 1 in find_rows(ABLATION, [plain])[0][3].runs
 
@@ -82,11 +82,16 @@ def test_the_weights_and_prompts_that_a_real_task_needs_change_no_number() -> No
     assert [found.row.run for found in rows if found.runs] == [row.run]
 
 
+def on_task_of(one: Row, row: Row) -> Row:
+    return replace(row, words={**row.words, "task": one.words["task"]})
+
+
 def test_rows_that_spell_out_the_defaults_share_their_records_with_those_that_do_not() -> None:
     grid = load("fig10_hyperparameters")
     at_default = next(row for row in grid.rows if row.point == {"tdac": 1.2, "fbr": 0.8})
-    assert find_rows(ABLATION, [run_of(at_default)])[0][3].runs
-    assert any(found.runs for found in find_rows(grid, [run_of(ABLATION.rows[1])])[0])  # lambda of FBR 0
+    assert find_rows(ABLATION, [run_of(on_task_of(ABLATION.rows[3], at_default))])[0][3].runs
+    without_fbr = run_of(on_task_of(at_default, ABLATION.rows[1]))
+    assert any(found.runs for found in find_rows(grid, [without_fbr])[0])  # lambda of FBR 0
 
 
 def test_a_changed_lambda_is_a_point_of_its_own() -> None:
@@ -160,7 +165,7 @@ def test_seeds_that_diverged_beside_others_are_kept_apart_and_need_no_run() -> N
 def test_results_of_an_older_version_of_a_metric_are_left_out() -> None:
     old, new = (run_of(ABLATION.rows[0], v, {"fd_tiny": metric(1.0, version=1 + v)}) for v in (0, 1))
     (found, *_) = find_rows(ABLATION, [old, new])[0]
-    assert [list(run.metrics) for run in found.runs.values()] == [[], ["fd_tiny"]]
+    assert [list(found.runs[seed].metrics) for seed in (0, 1)] == [[], ["fd_tiny"]]
     assert found.older == {("fd_tiny", old.hash)}
 
 
