@@ -139,6 +139,11 @@ class Task:
         return content_hash([identity, *others])
 
 
+def bands(expected: Mapping[str, Sequence[float]] | None) -> dict[str, tuple[float, float]]:
+    """Return `Task.expected_band` from entries of [value, largest deviation] by metric."""
+    return {name: (value - off, value + off) for name, (value, off) in (expected or {}).items()}
+
+
 def noise_prediction(network: nn.Module) -> Callable[..., torch.Tensor]:
     """Return the function (x, timestep, condition by name) -> output of a diffusers denoiser, wrapped or not."""
 

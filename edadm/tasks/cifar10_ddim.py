@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from edadm.tasks import weights
-from edadm.tasks.base import Task, load_unet2d
+from edadm.tasks.base import Task, bands, load_unet2d
 from edadm.tasks.ddim_checkpoint import CIFAR10, load_checkpoint
-from edadm.tasks.latent import bands, shape_of
+from edadm.tasks.latent import shape_of
 
 PARTS = {"path": ("config.json", "diffusion_pytorch_model.*")}
 GIGABYTES = 0.2

@@ -7,11 +7,11 @@ folder of a task holds none; ``model.path`` and ``model.first_stage`` put others
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edadm.tasks.base import Task
+from edadm.tasks.base import Task, bands
 from edadm.tasks.cifar10 import CLASSES
 from edadm.tasks.cifar10_tiny import ASSETS
 from edadm.tasks.compvis_unet import CIN256_V2, SD_V1, UNetParams
@@ -63,17 +63,20 @@ def cifar10_ldm_tiny(
     path: str | None = None,
     first_stage: str | None = None,
     sample_shape: Sequence[int] = SAMPLE_SHAPE,
+    expected: Mapping[str, Sequence[float]] | None = None,
     **given: Any,
 ) -> Task:
     """Return the class-conditional task with a class token.
 
     path: a folder with ``unet/`` and ``ldm.safetensors``, default the embedded one. first_stage: the folder of another
-    autoencoder, default ``vae/`` of ``path`` if it has one, else the embedded one. given: see
+    autoencoder, default ``vae/`` of ``path`` if it has one, else the embedded one. expected: metric ->
+    [value, deviation] of full precision with the embedded weights at profile=reference. given: see
     `edadm.tasks.latent.latent_task`.
     """
     folder = _folder("cifar10_ldm_tiny", path)
     task = latent_task("cifar10_ldm_tiny", LDM_PARAMS, str(folder), sample_shape, **given)
-    return _decoded(dataclasses.replace(task, hashed=("unet", "vae", "ldm.safetensors")), folder, first_stage)
+    task = dataclasses.replace(task, hashed=("unet", "vae", "ldm.safetensors"))
+    return _scored(_decoded(task, folder, first_stage), expected, path, first_stage)
 
 
 def cifar10_t2i_tiny(
@@ -82,6 +85,7 @@ def cifar10_t2i_tiny(
     prompts: str | None = None,
     calibration_prompts: str | None = None,
     sample_shape: Sequence[int] = SAMPLE_SHAPE,
+    expected: Mapping[str, Sequence[float]] | None = None,
     **given: Any,
 ) -> Task:
     """Return the text-to-image task; needs the extra ``text``.
@@ -90,19 +94,20 @@ def cifar10_t2i_tiny(
     `edadm.tasks.text.split_prompts`, default the embedded files. The rest is as in `cifar10_ldm_tiny`, and given as in
     `edadm.tasks.stable_diffusion.text_task`.
     """
-    folder = _folder("cifar10_t2i_tiny", path)
+    folder, replaced = _folder("cifar10_t2i_tiny", path), (path, first_stage, prompts)
     if prompts is None:
         prompts = str(PROMPTS / "evaluation.txt")
         calibration_prompts = calibration_prompts or str(PROMPTS / "calibration.txt")
     name, files = "cifar10_t2i_tiny", (prompts, calibration_prompts)
     task = text_task(name, str(folder), *files, sample_shape, params=T2I_PARAMS, **given)
-    return _decoded(task, folder, first_stage)
+    return _scored(_decoded(task, folder, first_stage), expected, *replaced)
 
 
 def cifar10_dit_tiny(
     path: str | None = None,
     first_stage: str | None = None,
     sample_shape: Sequence[int] = SAMPLE_SHAPE,
+    expected: Mapping[str, Sequence[float]] | None = None,
     **given: Any,
 ) -> Task:
     """Return the class-conditional task of a DiT, which predicts noise and its variance.
@@ -114,7 +119,7 @@ def cifar10_dit_tiny(
     apart = _autoencoder(folder, first_stage)
     place = None if apart is None else str(apart)
     task = imagenet_dit(str(folder), place, sample_shape, len(CLASSES), params=DIT_PARAMS, **given)
-    return dataclasses.replace(task, name="cifar10_dit_tiny")
+    return _scored(dataclasses.replace(task, name="cifar10_dit_tiny"), expected, path, first_stage)
 
 
 def _folder(name: str, path: str | None) -> Path:
@@ -134,3 +139,9 @@ def _decoded(task: Task, folder: Path, first_stage: str | None) -> Task:
     if apart is None:
         return task
     return dataclasses.replace(task, decoder=FirstStage(lambda: load_model(apart)), others=(apart,))
+
+
+def _scored(task: Task, expected: Mapping[str, Sequence[float]] | None, *replaced: str | None) -> Task:
+    """Return the task with its expected scores, unless the user has put something in the place of an embedded part."""
+    band = {} if any(replaced) else bands(expected)
+    return dataclasses.replace(task, expected_band=band, expected_profile="reference")

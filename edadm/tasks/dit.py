@@ -16,9 +16,9 @@ from edadm.errors import EdadmError
 from edadm.sampling.generate import to_uint8
 from edadm.sampling.guidance import ClassConditions
 from edadm.tasks import weights
-from edadm.tasks.base import Task
+from edadm.tasks.base import Task, bands
 from edadm.tasks.dit_checkpoint import DIT_XL_2_256, DiTParams, load_dit
-from edadm.tasks.latent import FirstStage, bands, shape_of
+from edadm.tasks.latent import FirstStage, shape_of
 from edadm.tasks.model_folder import DOWNSCALE_FREQ_SHIFT, load_model
 from edadm.tasks.released import CONDITIONS, as_released
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from edadm.errors import EdadmError
 from edadm.sampling.generate import truncated_to_uint8
 from edadm.sampling.guidance import ClassConditions, Conditions
-from edadm.tasks.base import Task
+from edadm.tasks.base import Task, bands
 from edadm.tasks.ldm_checkpoint import LDM_MODELS, LdmParams, load_autoencoder, load_class_embedding, load_unet
 from edadm.tasks.released import CONDITIONS, as_released
 
@@ -78,7 +78,8 @@ def latent_task(
     """Return a task of a latent diffusion model, class-conditional where the params have classes.
 
     params: of the original checkpoint; a folder says its own. sample_shape: (c, h, w) of a latent.
-    calibration_conditions: see `edadm.tasks.released`. expected: metric -> band of full precision at profile=paper.
+    calibration_conditions: see `edadm.tasks.released`. expected: metric -> [value, deviation] of
+    full precision at profile=paper.
     """
     weights = None if path is None else Path(path).expanduser()
 
@@ -111,8 +112,3 @@ def shape_of(sample_shape: Sequence[int]) -> tuple[int, int, int]:
         raise EdadmError(f"model.sample_shape={list(sample_shape)}: give channels, height and width")
     channels, height, width = sample_shape
     return channels, height, width
-
-
-def bands(expected: Mapping[str, Sequence[float]] | None) -> dict[str, tuple[float, float]]:
-    """Return the bands of full precision by metric, from entries of [printed value, largest deviation]."""
-    return {name: (value - off, value + off) for name, (value, off) in (expected or {}).items()}

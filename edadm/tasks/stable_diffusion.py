@@ -17,8 +17,8 @@ from edadm.prompts import read_captions
 from edadm.sampling.guidance import Conditions
 from edadm.sampling.interface import NOISE
 from edadm.tasks import text, weights
-from edadm.tasks.base import Task
-from edadm.tasks.latent import FirstStage, bands, shape_of
+from edadm.tasks.base import Task, bands
+from edadm.tasks.latent import FirstStage, shape_of
 from edadm.tasks.ldm_checkpoint import (
     LDM_MODELS,
     LdmParams,

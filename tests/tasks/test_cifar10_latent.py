@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from edadm.tasks.model_folder import empty_model
 from tests.tasks.narrow_latent import FOLDERS, autoencoder_folder
 
 TASKS = tuple(FOLDERS)
+CARDS = Path(__file__).resolve().parents[2] / "results" / "cards"
+SCORED = [path.stem for path in sorted(CARDS.glob("*.json")) if path.stem in config.options("task")]
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,16 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], P
 def task_of(name: str, *words: str) -> Task:
     line = (f"task={name}", *words)
     return build_part(config.settings(config.compose(line), line)["task"])
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_an_embedded_task_expects_what_its_card_says_and_other_weights_nothing(name: str, tmp_path: Path) -> None:
+    card = json.loads((CARDS / f"{name}.json").read_text())
+    scores = card["scores"][f"{card['guidance_scale']:g}"] if "scores" in card else card
+    low, high = task_of(name).expected_band["fd_tiny"]
+    assert (low + high) / 2 == pytest.approx(scores["fd_tiny"], abs=1e-3)
+    assert task_of(name).expected_profile == "reference"
+    assert task_of(name, f"model.path={tmp_path}").expected_band == {}
 
 
 @pytest.mark.parametrize("name", TASKS)
