@@ -18,6 +18,7 @@ from benchmarks import readme as benchmark_block
 from edadm import config, records, results
 from edadm.calibration.rows import RowSampler
 from edadm.calibration.trajectories import Trajectories
+from edadm.comparison import read_all_draws
 from edadm.parts import build_part, identity
 from edadm.report import __main__ as report
 from edadm.report.page import with_block
@@ -174,17 +175,22 @@ def test_the_benchmark_block_is_what_the_committed_records_render() -> None:
 
 def table_of(text: str) -> dict[str, dict[str, str]]:
     """The cells of the first table of a page, by row and column."""
-    lines = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
-    ]
+    first = next(table for table in text.split("\n\n") if table.lstrip().startswith("|"))
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.strip().splitlines()]
     head, _, *rows = lines
     return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
 
 
-def test_the_table_of_the_demo_is_that_of_its_records() -> None:
-    shown = table_of(README.split("<!-- demo output -->")[1].split("<!-- /demo output -->")[0])
-    made = table_of(markdown(tables(records.read_all([ROOT / "results" / "demo"]))))
-    assert shown.keys() == made.keys()
+@pytest.mark.parametrize(
+    ("block", "results", "task"),
+    [("demo output", "demo", "cifar10_tiny"), ("reference records", "reference", "cifar10_ldm_tiny")],
+)
+def test_a_table_of_results_is_that_of_its_records(block: str, results: str, task: str) -> None:
+    shown = table_of(README.split(f"<!-- {block} -->")[1].split(f"<!-- /{block} -->")[0])
+    folder = ROOT / "results" / results
+    of_task = [record for record in records.read_all([folder]) if record.task == task]
+    made = table_of(markdown(tables(of_task, read_all_draws([folder]))))
+    assert shown.keys() <= made.keys() and set(config.options("method")) & made.keys() <= shown.keys()
     for row, cells in shown.items():
         assert {column: made[row][column] for column in cells} == cells, row
 
