@@ -54,7 +54,7 @@ ABOUT: Mapping[str, tuple[str, Mapping[str, str], str]] = {
     "cifar10_dit_tiny": (
         "an embedded transformer by class",
         {
-            "architecture": "diffusers `DiTTransformer2DModel` with the constants of DiT, patches of 1, classes and a "
+            "architecture": "diffusers `DiTTransformer2DModel` with the constants of DiT, patches of 2, classes and a "
             "null class; guides three of four channels as DiT does",
             "latents": LATENTS,
             "task": "noise prediction and its variance (variational bound), 1000 steps, linear betas 1e-4 to 0.02; the "

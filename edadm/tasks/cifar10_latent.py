@@ -55,7 +55,7 @@ T2I_PARAMS = LdmParams(
     dataclasses.replace(_narrow(SD_V1), num_heads=2), AUTOENCODER_PARAMS, 0.00085, 0.012, ema=False, scale_factor=None
 )
 DIT_PARAMS = DiTParams(
-    input_size=8, patch_size=1, in_channels=4, hidden_size=112, depth=5, num_heads=2, num_classes=len(CLASSES)
+    input_size=8, patch_size=2, in_channels=4, hidden_size=144, depth=5, num_heads=3, num_classes=len(CLASSES)
 )
 
 
