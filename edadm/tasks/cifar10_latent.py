@@ -51,9 +51,8 @@ def _narrow(unet: UNetParams) -> UNetParams:
 LDM_PARAMS = LdmParams(
     _narrow(CIN256_V2), AUTOENCODER_PARAMS, 0.0015, 0.0195, ema=False, scale_factor=None, n_classes=len(CLASSES) + 1
 )
-T2I_PARAMS = LdmParams(
-    dataclasses.replace(_narrow(SD_V1), num_heads=2), AUTOENCODER_PARAMS, 0.00085, 0.012, ema=False, scale_factor=None
-)
+_T2I = dataclasses.replace(_narrow(SD_V1), model_channels=48, num_heads=2)  # so that all latent networks fit into 12 MB
+T2I_PARAMS = LdmParams(_T2I, AUTOENCODER_PARAMS, 0.00085, 0.012, ema=False, scale_factor=None)
 DIT_PARAMS = DiTParams(
     input_size=8, patch_size=2, in_channels=4, hidden_size=144, depth=5, num_heads=3, num_classes=len(CLASSES)
 )
