@@ -26,6 +26,7 @@ QUANTIZATION, METHOD = "quantization_config", "edadm"
 FLOAT = "float."
 # What converters of original checkpoints set on modules, where no configuration has room for it (golden/ldm README).
 PATCHED = ("heads", "scale", "downscale_freq_shift")
+NOT_STOCK = ("_", "edadm_")  # fields of a configuration that diffusers adds, or a converter, for what it patches
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_") and key != QUANTIZATION}
+    return {key: value for key, value in config.items() if not key.startswith(NOT_STOCK) and key != QUANTIZATION}
 
 
 def wrap(model: nn.Module, description: Mapping[str, Any]) -> QuantModel:

@@ -7,7 +7,11 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from edadm.errors import EdadmError
+from edadm.quant import io
+from edadm.quant.calibrate import set_weight_ranges
 from edadm.quant.families.dit import FAMILY
+from edadm.quant.network import Bits, QuantModel
+from edadm.quant.ranges import MinMax
 from edadm.tasks.dit_checkpoint import DIT_XL_2_256, convert_dit, dit_params, load_dit
 from edadm.tasks.model_folder import load_model
 from tests.tasks import originals
@@ -40,6 +44,16 @@ def test_time_frequencies_survive_saving_with_our_reader_only(tmp_path):
     stock = DiTTransformer2DModel.from_pretrained(tmp_path).eval()
     difference = (output(stock) - output(model)).abs().flatten(1).amax(1)
     assert difference[1] > 0.01  # grows with the time
+
+
+def test_time_frequencies_survive_quantization_without_a_field_that_diffusers_warns_of(tmp_path):
+    network = QuantModel.wrap(convert_dit(originals.dit_state(), originals.DIT, "dit.pt"), Bits(8, 32))
+    set_weight_ranges(network, MinMax())
+    network.set_state(weights=True, activations=True)
+    again = io.load(io.save(network, tmp_path))
+    assert [block.norm1.emb.time_proj.downscale_freq_shift for block in again.model.transformer_blocks] == [0, 0]
+    assert torch.equal(output(again), output(network))
+    assert not any("edadm" in field for field in io.read_description(tmp_path)["model_config"])
 
 
 def test_ema_weights_of_a_training_checkpoint_are_taken(tmp_path):
