@@ -18,10 +18,11 @@ from edadm.tasks.cifar10_latent import DIT_PARAMS, LDM_PARAMS, PROMPTS, T2I_PARA
 from edadm.tasks.compvis_unet import unet_config
 from edadm.tasks.dit_checkpoint import dit_config
 from edadm.tasks.model_folder import empty_model
+from tests.conftest import ROOT
 from tests.tasks.narrow_latent import FOLDERS, autoencoder_folder
 
 TASKS = tuple(FOLDERS)
-CARDS = Path(__file__).resolve().parents[2] / "results" / "cards"
+CARDS = ROOT / "results" / "cards"
 SCORED = [path.stem for path in sorted(CARDS.glob("*.json")) if path.stem in config.options("task")]
 
 
