@@ -1,4 +1,4 @@
-"""What a run shows while it works: progress of a stage, its seconds and its peak memory."""
+"""What a run shows while it works: progress of a stage, its seconds, its peak memory, and the load beside it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import psutil
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +81,10 @@ class Progress:
 
 
 class Meter:
-    """Seconds and peak memory of the code inside ``with``.
+    """Seconds and peak memory of the code inside ``with``, and what else the machine did meanwhile.
 
-    Peak memory in MiB: of the GPU where the stage runs on one, else of the resident set of this process.
+    Peak memory in MiB: of the GPU where the stage runs on one, else of the resident set of this process. other_load:
+    the mean number of cores that other processes of the machine kept busy.
     memo: a file that keeps the seconds of an attempt that is killed; those of earlier attempts count.
     """
 
@@ -89,10 +92,11 @@ class Meter:
         self.device, self.memo = device, memo
         self.seconds = 0.0
         self.peak_memory_mib: float | None = None
+        self.other_load = 0.0
         self._before = self._noted = 0.0
 
     def __enter__(self) -> Meter:
-        self._started = time.perf_counter()
+        self._started, self._others = time.perf_counter(), _seconds_of_others()
         if self.memo is not None and self.memo.is_file():
             self._before = _number(self.memo.read_text(encoding="utf-8"))
         if self.device.startswith("cuda"):
@@ -121,7 +125,15 @@ class Meter:
             self.peak_memory_mib = torch.cuda.max_memory_allocated(self.device) / 2**20
         else:
             self.peak_memory_mib = _peak()
-        self.seconds = self._before + self._elapsed()
+        elapsed = self._elapsed()
+        self.seconds = self._before + elapsed
+        self.other_load = max(0.0, _seconds_of_others() - self._others) / elapsed
+
+
+def _seconds_of_others() -> float:
+    """Return the CPU seconds that all processes but this one have used since the machine started."""
+    machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    return float(machine.user + machine.system + getattr(machine, "nice", 0.0) - own.user - own.system)
 
 
 def _number(text: str) -> float:

@@ -59,11 +59,15 @@ class Bits:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage cost when it was computed; ``reused`` says that this run found its result in the store."""
+    """What one stage cost when it was computed; ``reused`` says that this run found its result in the store.
+
+    other_load: the mean number of cores that other processes kept busy meanwhile, None in records that do not say.
+    """
 
     seconds: float | None
     peak_memory_mib: float | None = None
     reused: bool = False
+    other_load: float | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,13 @@ class Record:
         """Return the peak memory of the quantization stages in MiB, None if unknown."""
         peaks = [stage.peak_memory_mib for stage in self._quantization_stages()]
         return max((peak for peak in peaks if peak is not None), default=None)
+
+    @property
+    def quantization_other_load(self) -> float | None:
+        """Return the mean number of cores that other processes kept busy during quantization, None if unknown."""
+        known = [s for s in self._quantization_stages() if s.seconds and s.other_load is not None]
+        seconds = sum(stage.seconds or 0.0 for stage in known)
+        return sum((s.seconds or 0.0) * (s.other_load or 0.0) for s in known) / seconds if known else None
 
     def _quantization_stages(self) -> list[Stage]:
         return [stage for name, stage in self.stages.items() if name in QUANTIZATION_STAGES]

@@ -85,13 +85,15 @@ def stage(run: Run, key: str, build: Build, name: str = "") -> Result:
 
         with meter, Progress(run.settings.label, pulse) as progress:
             notes = build(folder, progress)
-        return {"seconds": meter.seconds, "peak_memory_mib": meter.peak_memory_mib, "notes": dict(notes or {})}
+        cost = {name: getattr(meter, name) for name in ("seconds", "peak_memory_mib", "other_load")}
+        return cost | {"notes": dict(notes or {})}
 
     folder = run.store.fetch(key, run.key(key), measured, label=run.settings.label, resume=True)
     info = run.store.manifest(folder)["info"]
     how = "reused" if reused else f"{duration(info['seconds'])}, {info['peak_memory_mib']:.0f} MiB"
     logger.info("%s [%s]: %s", name, run.settings.label, how)
-    return Result(name, folder, Stage(info["seconds"], info["peak_memory_mib"], reused), info["notes"])
+    cost = Stage(info["seconds"], info["peak_memory_mib"], reused, info.get("other_load"))
+    return Result(name, folder, cost, info["notes"])
 
 
 def trajectories(run: Run) -> Result:

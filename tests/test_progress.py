@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,6 +65,19 @@ def test_a_note_that_a_kill_cut_short_counts_as_nothing(tmp_path: Path) -> None:
     with Meter(memo=memo) as meter:
         pass
     assert meter.seconds < 10
+
+
+def test_the_other_load_is_the_work_of_all_processes_but_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([50.0, 54.0])
+    machine = iter([SimpleNamespace(user=10.0, system=1.0), SimpleNamespace(user=19.0, system=3.0)])
+    own = iter([SimpleNamespace(user=3.0, system=0.5), SimpleNamespace(user=7.0, system=1.5)])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(progress.psutil, "cpu_times", lambda: next(machine))
+    monkeypatch.setattr(progress.psutil, "Process", lambda: SimpleNamespace(cpu_times=lambda: next(own)))
+    with Meter() as meter:
+        pass
+    assert meter.seconds == 4.0
+    assert meter.other_load == 1.5  # 11 seconds of work in 4, 5 of them our own
 
 
 def test_the_peak_is_that_of_the_stage_not_of_the_process() -> None:

@@ -147,6 +147,19 @@ def test_quantization_cost_counts_only_quantization_stages() -> None:
     assert record(stages={}).quantization_seconds is None
 
 
+def test_the_load_beside_quantization_is_the_mean_over_its_seconds() -> None:
+    one = record(
+        stages={
+            "ranges": Stage(1.0, other_load=0.0),
+            "reconstruction": Stage(3.0, other_load=2.0),
+            "sampling": Stage(50.0, other_load=8.0),
+        }
+    )
+    assert one.quantization_other_load == 1.5
+    assert from_dict(to_dict(one)) == one
+    assert record(stages={"ranges": Stage(2.0, 500.0)}).quantization_other_load is None
+
+
 def test_an_unwritable_results_folder_is_found_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(EdadmError, match="cannot write"):

@@ -39,6 +39,7 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
             "status": record.status,
             "quantization_seconds": record.quantization_seconds,
             "quantization_peak_mib": record.quantization_peak_mib,
+            "quantization_other_load": record.quantization_other_load,
         }
         lines += [
             shared | {"metric": name} | {key: result.get(key) for key in ("value", "n", "reason")}

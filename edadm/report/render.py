@@ -12,7 +12,7 @@ from edadm.comparison import Difference
 from edadm.report import sheet
 from edadm.report.contrasts import Contrast
 from edadm.report.sheet import Line, Note, Sheet
-from edadm.report.table import FEW_IMAGES, Cell, Column, Row, Table
+from edadm.report.table import BUSY, FEW_IMAGES, Cell, Column, Row, Table
 
 _DIGITS = 4
 
@@ -124,6 +124,7 @@ def _csv_line(table: Table, row: Row, column: Column, cell: Cell) -> dict[str, A
             "n": column.n,
             "quantization_seconds": row.seconds,
             "quantization_peak_mib": row.peak_mib,
+            "quantization_other_load": row.other_load,
             "comparable_with_published": table.facts["n_images"] >= FEW_IMAGES,
             "protocol": "; ".join(f"{name}={value}" for name, value in table.protocol.items()),
             "records": " ".join(row.hashes),
@@ -167,6 +168,8 @@ def _texts(table: Table, row: Row) -> list[tuple[str, bool]]:
     seeds = "" if not row.tried else str(row.tried) if complete else f"{len(row.seeds)} of {row.tried}"
     images = str(table.facts["n_images"]) if row.tried else ""
     seconds = "" if row.seconds is None else f"{row.seconds:.1f}" if row.seconds < 100 else f"{row.seconds:.0f}"
+    if row.other_load is not None and row.other_load > BUSY:
+        seconds += " (busy)"
     peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
     return [(row.label, False), *metrics, *((text, False) for text in (seeds, images, seconds, peak))]
 

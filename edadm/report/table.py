@@ -23,6 +23,7 @@ from edadm.report.missing import Missing, command, fp_command, missing_seeds
 from edadm.store import content_hash
 
 FEW_IMAGES = 5000
+BUSY = 0.2  # cores that others kept busy, from which on seconds are no measure of cost
 COMPARE = "python -m edadm.compare"
 
 
@@ -56,7 +57,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One method over its seeds; seconds and MiB are those of quantization."""
+    """One method over its seeds; seconds and MiB are those of quantization, other_load the cores others kept busy."""
 
     label: str
     is_fp: bool
@@ -65,6 +66,7 @@ class Row:
     tried: int = 0
     seconds: float | None = None
     peak_mib: float | None = None
+    other_load: float | None = None
     hashes: tuple[str, ...] = ()
 
 
@@ -282,6 +284,11 @@ def _row(label: str, runs: list[Record], columns: Sequence[Column], notes: list[
     for record in used:
         if record.status != "ok":
             notes.append(f"{label}, seed {record.seed}: {record.status}: {record.reason}")
+    load = _summary(max, [record.quantization_other_load for record in done])
+    if load is not None and load > BUSY:
+        notes.append(
+            f"{label}: its seconds are no measure of cost: other work kept up to {load:.1f} cores busy meanwhile."
+        )
     states = "/".join(sorted({record.status for record in used}))
     return Row(
         label=label,
@@ -291,6 +298,7 @@ def _row(label: str, runs: list[Record], columns: Sequence[Column], notes: list[
         tried=len(used),
         seconds=_summary(statistics.fmean, [record.quantization_seconds for record in done]),
         peak_mib=_summary(max, [record.quantization_peak_mib for record in done]),
+        other_load=load,
         hashes=tuple(record.hash for record in used),
     )
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from edadm.records import Record
+from edadm.records import Record, Stage
 from edadm.report import frame
 from edadm.report.render import markdown
 from edadm.report.table import Cell, Row, Table, tables
@@ -37,6 +37,16 @@ def test_mean_and_deviation_over_seeds_by_hand() -> None:
     assert row(table, "edadm").seeds == (0, 1, 2)
     assert row(table, "edadm").seconds == pytest.approx(66.0)
     assert row(table, "edadm").peak_mib == 900.0
+
+
+def test_seconds_measured_beside_other_work_are_marked() -> None:
+    busy = {"calibration": Stage(2.0, 10.0, other_load=0.0), "reconstruction": Stage(2.0, 10.0, other_load=2.4)}
+    table = one([fp(), record(stages=busy), record("rtn", stages={"calibration": Stage(2.0, 10.0, other_load=0.1)})])
+    assert row(table, "edadm").other_load == 1.2
+    text = markdown([table])
+    assert "4.0 (busy)" in text and "2.0 (busy)" not in text
+    assert "edadm: its seconds are no measure of cost: other work kept up to 1.2 cores busy meanwhile." in text
+    assert "rtn: its seconds" not in text
 
 
 def test_a_single_seed_has_an_interval_but_no_deviation() -> None:
