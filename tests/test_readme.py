@@ -181,9 +181,13 @@ def table_of(text: str) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
 
 
+REFERENCE_BLOCKS = re.findall(r"<!-- (reference records: (\w+)) -->", README)
+assert REFERENCE_BLOCKS
+
+
 @pytest.mark.parametrize(
     ("block", "results", "task"),
-    [("demo output", "demo", "cifar10_tiny"), ("reference records", "reference", "cifar10_ldm_tiny")],
+    [("demo output", "demo", "cifar10_tiny"), *((block, "reference", task) for block, task in REFERENCE_BLOCKS)],
 )
 def test_a_table_of_results_is_that_of_its_records(block: str, results: str, task: str) -> None:
     shown = table_of(README.split(f"<!-- {block} -->")[1].split(f"<!-- /{block} -->")[0])
