@@ -159,10 +159,12 @@ def _peak() -> float:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as people say them: 8 s, 2 min 05 s, 1 h 20 min."""
+    """Return seconds as people say them: 8 s, 2 min 05 s, 1 h 20 min, 1,234 days."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
+    if whole >= 100 * 3600:
+        return f"{whole / 86400:,.0f} days"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

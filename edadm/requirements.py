@@ -176,13 +176,10 @@ def _package(name: str, extra: str) -> Need:
 
 
 def _prompts(run: Run) -> Need:
-    remedy = "set dataset.prompts to captions_val2014.json of MS-COCO, or to a text file with one prompt a line"
     assert run.task.conditions is not None
     try:
         conditions: Any = run.task.conditions()
     except EdadmError as error:
-        if run.settings["task.prompts"] is None:
-            return Need("prompts", MISSING, "dataset.prompts is not set", remedy)
         return Need("prompts", MISSING, str(error))
     own = getattr(conditions, "own", conditions)
     return Need("prompts", HERE, f"{len(own.evaluated)} to evaluate, {len(own.calibration)} others to calibrate")

@@ -25,7 +25,8 @@ def test_a_task_without_anything_says_what_to_get_and_what_to_expect() -> None:
 
 def test_a_text_to_image_task_asks_for_prompts(tmp_path: Path) -> None:
     words = ["task=coco_sd14", "device=cpu"]
-    assert "prompts      MISSING: dataset.prompts is not set" in requirements.report(settings(*words))[0]
+    text = requirements.report(settings(*words))[0]
+    assert "prompts      MISSING: dataset.prompts is not set" in text and "captions_val2014.json" in text
     (tmp_path / "prompts.txt").write_text("\n".join(f"a red cube {i}" for i in range(20)))
     text, _ = requirements.report(settings(*words, f"dataset.prompts={tmp_path / 'prompts.txt'}"))
     assert "18 to evaluate, 2 others to calibrate" in text
@@ -34,6 +35,7 @@ def test_a_text_to_image_task_asks_for_prompts(tmp_path: Path) -> None:
 def test_drawbench_is_evaluated_on_all_of_its_prompts(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(f"a red cube {i}" for i in range(20)))
     (tmp_path / "captions.txt").write_text("a cat\na dog")
+    assert "the prompts of DrawBench" in requirements.report(settings("task=drawbench_sd14", "device=cpu"))[0]
     words = ["task=drawbench_sd14", "device=cpu", f"dataset.prompts={tmp_path / 'prompts.txt'}"]
     text, _ = requirements.report(settings(*words))
     assert "prompts      MISSING: task drawbench_sd14 evaluates every prompt" in text and "captions_val2014" in text

@@ -90,9 +90,10 @@ def text_task(
     @cache
     def of_prompts() -> Conditions:
         if prompts is None:
+            other = "the prompts of DrawBench" if all_prompts else "captions_val2014.json of MS-COCO"
             raise EdadmError(
-                f"task {name} needs prompts: set dataset.prompts to a text file with one prompt a line, or to "
-                "captions_val2014.json of MS-COCO"
+                f"dataset.prompts is not set, and task {name} has none of its own: set it to {other}, or to a text "
+                "file with one prompt a line"
             )
         if all_prompts and calibration_prompts is None:
             split = _all_evaluated(name, prompts, calibration_conditions)

@@ -225,7 +225,7 @@ def test_prompts_that_cannot_be_used(
     (tmp_path / "mine.txt").write_bytes(content)
     words = (*SD, f"model.path={stable_diffusion}")
     refused(*words, f"dataset.prompts={tmp_path / 'mine.txt'}", says=message)
-    refused(*words, says=r"coco_sd14 needs prompts: set dataset\.prompts")
+    refused(*words, says=r"dataset\.prompts is not set, and task coco_sd14 has none of its own")
     refused(*words, "dataset.prompts=/nowhere.txt", says="cannot read prompts from /nowhere.txt: No such file")
 
 
