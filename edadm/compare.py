@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     options = _parser().parse_args(argv)
-    folders = options.results or [folder for folder in DEFAULT_RESULTS if folder.is_dir()]
+    folders = options.results or [folder for folder in DEFAULT_RESULTS if read_all([folder])]
     try:
         print(compare(folders, Store(options.cache), options.to), end="")
     except EdadmError as error:

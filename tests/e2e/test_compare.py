@@ -182,7 +182,7 @@ def test_images_of_a_folder_and_failed_runs_are_left_alone(results: Path) -> Non
 
 
 def test_the_command_prints_what_was_skipped_and_compares_no_demo(
-    results: Path, capsys: pytest.CaptureFixture[str]
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert compare.main(["--results", str(results), "--to", "rtn (profile.rows=8)"]) == 0
     assert capsys.readouterr().out == ""
@@ -190,5 +190,8 @@ def test_the_command_prints_what_was_skipped_and_compares_no_demo(
     shutil.rmtree(Store().root / "images")
     assert compare.main(["--results", str(results)]) == 0
     assert capsys.readouterr().out.count("- Not resampled: ") == 3
+    monkeypatch.setattr(compare, "DEFAULT_RESULTS", (results, tmp_path / "empty", tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    assert compare.main([]) == 0  # a set without records among the usual ones is no error
     assert compare.main(["--results", str(results / "nothing")]) == 1
     assert "no records in" in capsys.readouterr().err
