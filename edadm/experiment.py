@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from edadm import compare, config, cost, journal, preflight, records, stages, tracking
+from edadm import compare, config, cost, journal, preflight, records, sample_grid, stages, tracking
 from edadm.comparison import read_all_draws
 from edadm.config import Settings
 from edadm.diagnostics import registry as diagnostics
@@ -23,7 +23,6 @@ from edadm.environment import check_torchvision
 from edadm.errors import EdadmError
 from edadm.estimate import announcement
 from edadm.keys import Run
-from edadm.metrics.images import comparison_grid, grid
 from edadm.parts import build_part
 from edadm.quant import io
 from edadm.quant.families import family_of
@@ -155,6 +154,8 @@ def _execute(run: Run, announce: bool) -> Path:
         logger.info("%s: record %s is there, nothing is computed", run.settings.label, path)
         if run.settings["save_calibration_set"]:
             _save_calibration_set(run, calibrate(run))
+        baseline = None if run.is_full_precision or run.images_folder else full_precision(run)
+        sample_grid.draw_again(run, baseline, path)
         _push(run, records.read(path))
         return path
     preflight.check(run)
@@ -184,7 +185,7 @@ def _execute(run: Run, announce: bool) -> Path:
         steps = keep("sqnr", stages.sqnr(run, network, along))
     reference = None if baseline is None else stages.images(baseline, None)
     scores = keep("metrics", stages.metrics(run, sampled, reference, steps))
-    record = _record(run, done, scores.info["metrics"], _sites(run, network), _pictures(run, sampled, reference))
+    record = _record(run, done, scores.info["metrics"], _sites(run, network), sample_grid.draw(run, sampled, reference))
     path = records.write(record, run.results)
     journal.finish_run(run.results, run.hash, "ok")
     _push(run, record)
@@ -319,19 +320,6 @@ def _with_bits(layer: cost.Layer, bits: Mapping[str, int]) -> cost.Layer:
         act_bits=bits.get(f"{layer.name}.act_quantizer", cost.FP_BITS),
         groups=2 if f"{layer.name}.weight_quantizer_0" in bits else 1,
     )
-
-
-def _pictures(run: Run, sampled: stages.Result, reference: stages.Result | None) -> dict[str, str]:
-    """Draw the samples of the run, above them those of full precision from the same noise."""
-    made = stages.read_images(sampled)
-    if not len(made):
-        return {}
-    path = records.path_of(run.results, run.task.name, run.hash).with_suffix(".png")
-    if reference is None:
-        grid(made[:16], path)
-    else:
-        comparison_grid(stages.read_images(reference), made, path)
-    return {"grid": path.name}
 
 
 def calibrate(run: Run, keep: Keep = lambda key, result: result) -> stages.Result:

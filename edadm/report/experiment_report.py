@@ -65,7 +65,7 @@ def _figure(
     out: Path,
 ) -> Report:
     """Draw a figure from the records of its rows; without them say which run is missing."""
-    runs = [record for found in rows for record in found.runs.values()]
+    runs = [record for found in rows for record in found.asked]
     drawn: list[Path] = []
     remarks = [*gaps(experiment, rows), *left_out(dropped)]
     if runs:
@@ -79,7 +79,7 @@ def _figure(
         heading=f"{experiment.source}: {experiment.title}",
         header=("run", "seeds", "state"),
         lines=tuple(
-            Line((run_label(experiment, found.row), f"{len(found.runs)} of {len(found.row.seeds)}", state))
+            Line((run_label(experiment, found.row), f"{len(found.asked)} of {len(found.row.seeds)}", state))
             for found, state in zip(rows, states, strict=True)
         ),
         notes=tuple(remarks),

@@ -53,10 +53,10 @@ def fig10(records: Sequence[Record], diagnostics: Sequence[Diagnostic], folder: 
 
 
 def _points(records: Sequence[Record]) -> list[tuple[Mapping[str, float], list[Record]]]:
-    """Return the lambdas of each row of the experiment that has records, and those."""
+    """Return the lambdas of each row of the experiment that has records of its seeds, and those."""
     for scale in SCALES:
         found, _ = find_rows(load("fig10_hyperparameters", scale), records)
-        points = [(row.row.point, list(row.runs.values())) for row in found if row.runs]
+        points = [(row.row.point, row.asked) for row in found if row.asked]
         if points:
             return points
     raise EdadmError("no run of fig10_hyperparameters has a record")
@@ -91,8 +91,12 @@ def samples(records: Sequence[Record], diagnostics: Sequence[Diagnostic], folder
 
     grids = [(record, Path(record.outputs[GRID])) for record in records if GRID in record.outputs]
     pictures = [(record, imread(path)) for record, path in grids if path.is_file()]
-    if not pictures:
-        raise EdadmError("no run has its sample grid beside its record: pictures are not committed, run it again")
+    if len(pictures) < len(grids) or not pictures:
+        missing = ", ".join(f"{base_label(record)} seed {record.seed}" for record, path in grids if not path.is_file())
+        raise EdadmError(
+            f"no sample grid beside the record of {missing or 'any run'}: pictures are not committed; the command "
+            "draws them from images in the cache, with reference=null it makes what the cache lacks"
+        )
     heights = [PAGE * picture.shape[0] / picture.shape[1] for _, picture in pictures]
     figure = new_figure(PAGE, sum(heights) + 0.25 * len(heights))
     panels = figure.subplots(len(pictures), 1, squeeze=False, height_ratios=heights)[:, 0]

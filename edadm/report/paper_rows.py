@@ -37,6 +37,11 @@ class Found:
         return [seed for seed in self.row.seeds if seed not in self.runs and seed not in ended]
 
     @property
+    def asked(self) -> list[Record]:
+        """Return the runs of the seeds that the experiment asks for; full precision has no seed."""
+        return [run for seed, run in self.runs.items() if self.row.is_fp or seed in self.row.seeds]
+
+    @property
     def lost(self) -> str:
         """Return how many seeds ended without a result, as ``1 seed diverged``."""
         return counted(record.status for record in self.failed)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +82,18 @@ def test_a_second_call_computes_nothing(toy: Toy, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(stages, "stage", lambda *args, **kwargs: pytest.fail("a stage was looked at"))
     assert experiment.execute(toy("method=rtn")) == first
     assert first.read_text() == text
+
+
+def test_a_lost_picture_is_drawn_again_from_cached_images(toy: Toy) -> None:
+    run = toy("method=rtn")
+    path = experiment.execute(run)
+    picture = path.with_suffix(".png")
+    drawn = picture.read_bytes()
+    picture.unlink()
+    assert experiment.execute(run) == path and picture.read_bytes() == drawn
+    picture.unlink()
+    shutil.rmtree(run.store.root / "images")
+    assert experiment.execute(run) == path and not picture.exists()  # nor sampled again
 
 
 def test_what_is_in_the_store_is_reused_without_its_record(toy: Toy) -> None:

@@ -9,6 +9,7 @@ from edadm.checkout import root
 from edadm.comparison import write_draws
 from edadm.errors import EdadmError
 from edadm.records import Record, path_of, write
+from edadm.report import paper_figures
 from edadm.report.__main__ import main
 from edadm.report.experiment_file import load, names
 from edadm.report.experiment_report import read_located
@@ -248,6 +249,20 @@ def test_the_lambda_grid_is_drawn_as_png_and_svg(tmp_path: Path, capsys: pytest.
     assert "data:image/png;base64," in (tmp_path / "out" / "fig10_hyperparameters.html").read_text(encoding="utf-8")
 
 
+def test_a_figure_shows_the_seeds_that_it_asks_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables ask for more seeds of some of its points."""
+    usual = next(row for row in load("fig10_hyperparameters").rows if row.point == {"tdac": 1.2, "fbr": 0})
+    save([*grid_runs(), run_of(usual, 1, {"sqnr": metric(90.0, higher=True, n=32, interval=[89.0, 91.0])})], tmp_path)
+    drawn = []
+    monkeypatch.setattr(paper_figures, "_lambda_panel", lambda axes, line, name: drawn.append(line))
+    shown(capsys, "fig10_hyperparameters", "--results", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert {run.seed for line in drawn for _, runs in line for run in runs} == {0}
+    text = (tmp_path / "out" / "fig10_hyperparameters.md").read_text(encoding="utf-8")
+    assert "1 of 1" in text and "2 of 1" not in text
+
+
 def test_a_figure_without_runs_says_how_to_make_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "fig10_hyperparameters", "--results", str(tmp_path))
     assert "- Nothing has run yet: `python run.py -m experiments=fig10_hyperparameters`" in text
@@ -292,10 +307,10 @@ def test_sample_grids_are_put_below_each_other(tmp_path: Path) -> None:
         run_of(ABLATION.rows[0], outputs={"grid": str(tmp_path / "one.png")}),
         run_of(ABLATION.rows[1], outputs={"grid": str(tmp_path / "gone.png")}),
     ]
-    drawn = [FIGURES[str(load(name).figure)](runs, [], tmp_path) for name in names() if name.endswith("_samples")]
+    drawn = [FIGURES[str(load(name).figure)](runs[:1], [], tmp_path) for name in names() if name.endswith("_samples")]
     assert [png.name for png, _ in drawn] == [
         "fig7_imagenet_samples.png", "fig8_coco_samples.png", "fig9_drawbench_samples.png"
     ]  # fmt: skip
     assert all(file.is_file() for files in drawn for file in files)
-    with pytest.raises(EdadmError, match="pictures are not committed"):
-        FIGURES["fig8"](runs[1:], [], tmp_path)
+    with pytest.raises(EdadmError, match=r"record of edadm \(.*\) seed 0: pictures are not committed"):
+        FIGURES["fig8"](runs, [], tmp_path)
