@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from edadm.comparison import Difference, Draws, difference
+from edadm.comparison import FEW_SEEDS, Difference, Draws, difference
 from edadm.records import Record
 from edadm.report import paper
 from edadm.report.experiment_file import FP, NOT_YET, SCALES, Experiment
@@ -177,8 +177,9 @@ def level_verdict(one: Compared, own: str | None, printed_fp: Cell | None, to_fp
     """Return whether a printed number is reproduced, at equal numbers of images.
 
     A distance (FID, sFID) is where ours is within 5 % of it, since the paper gives no spread; any metric is where the
-    printed difference to full precision lies in our paired interval of that difference; a cost, which has no error, is
-    where it rounds to the printed digits. to_fp: our difference by the draws; without it that of the records counts.
+    printed difference to full precision lies in our paired interval of that difference, over images and at least
+    ``FEW_SEEDS`` seeds; a cost, which has no error, is where it rounds to the printed digits. to_fp: our difference by
+    the draws, None where the runs were not resampled.
     """
     cell = one.printed
     if cell is None or cell.number is None or one.mean is None or own is None:
@@ -192,21 +193,17 @@ def level_verdict(one: Compared, own: str | None, printed_fp: Cell | None, to_fp
     printed = _printed_difference(cell, printed_fp)
     if printed is None:
         return DIFFERS if own in WITH_TOLERANCE else f"{UNDECIDED}: no printed difference to FP"
-    intervals = _intervals_to_fp(one.found, own) if to_fp is None else [to_fp.interval]
-    if not intervals:
+    if to_fp is None:
         return f"{UNDECIDED}: no interval of the difference to FP"
-    return REPRODUCED if any(low <= printed <= high for low, high in intervals) else DIFFERS
+    if len(to_fp.seeds) < FEW_SEEDS:
+        return f"{UNDECIDED}: needs {FEW_SEEDS} seeds"
+    low, high = to_fp.interval
+    return REPRODUCED if low <= printed <= high else DIFFERS
 
 
 def _rounds_to(value: float, printed: str) -> bool:
     decimals = len(printed.partition(".")[2])
     return abs(value - float(printed)) <= 0.5 * 10**-decimals + 1e-9
-
-
-def _intervals_to_fp(found: Found, own: str) -> list[tuple[float, float]]:
-    """Return the intervals that the records themselves have, one for each seed."""
-    paired = [record.metrics.get(own, {}).get("difference_to_fp") for record in found.runs.values()]
-    return [(one["interval"][0], one["interval"][1]) for one in paired if one and one.get("interval")]
 
 
 def _to_fp(found: Found, rows: Sequence[Found], own: str | None, draws: Mapping[str, Draws]) -> Difference | None:

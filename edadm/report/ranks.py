@@ -1,4 +1,4 @@
-"""How often each method wins: one contest for each task, bit width, seed and metric."""
+"""How often each method wins: one contest for each task and protocol, bit width, seed and metric."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class Standing:
     """How a method fared in one metric: in how many contests it took part, won, lost, or was not told from the best."""
 
     profile: str
+    n_images: int
     scope: str
     preset: str
     metric: str
@@ -32,17 +33,17 @@ class Standing:
 
 
 def ranks(records: Iterable[Record], draws: Mapping[str, Draws]) -> list[Standing]:
-    """Return the standing of every method as published, for each profile, scope, preset and metric.
+    """Return the standing of every method as published, for each profile, number of images, scope, preset and metric.
 
     A method wins a contest if the paired interval over images tells it from every other; those that are not told from
     the best share an undecided one. Methods with other parts than their own and the demo profile take no part.
     """
-    results: dict[tuple[str, str, str, str, str], Counter[str]] = defaultdict(Counter)
+    results: dict[tuple[str, int, str, str, str, str], Counter[str]] = defaultdict(Counter)
     for runs in _contests(records):
         first = runs[0]
         for metric, higher_is_better in _metrics(runs).items():
             for method, result in _contest(runs, metric, higher_is_better, draws).items():
-                results[first.profile, first.scope, first.preset, metric, method][result] += 1
+                results[first.profile, first.n_images, first.scope, first.preset, metric, method][result] += 1
     standings = [
         Standing(*key, contests=counts.total(), won=counts[WON], undecided=counts[UNDECIDED], lost=counts[LOST])
         for key, counts in results.items()
@@ -50,12 +51,16 @@ def ranks(records: Iterable[Record], draws: Mapping[str, Draws]) -> list[Standin
     order = {metric: index for index, metric in enumerate(dict.fromkeys(one.metric for one in standings))}
     return sorted(
         standings,
-        key=lambda one: (one.profile, one.scope, one.preset, order[one.metric], -one.won, one.lost, one.method),
+        key=lambda one: (*_heading(one), order[one.metric], -one.won, one.lost, one.method),
     )
 
 
+def _heading(one: Standing) -> tuple[str, int, str, str]:
+    return one.profile, one.n_images, one.scope, one.preset
+
+
 def _contests(records: Iterable[Record]) -> list[list[Record]]:
-    """Return the runs of each task, bit width and seed, one for each method, where there are at least two."""
+    """Return the runs of each task and protocol, bit width and seed, one a method, where there are at least two."""
     found: dict[Any, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record.status == "ok" and not record.is_fp and record.profile != "demo" and is_published(record):
@@ -95,14 +100,14 @@ def _is_better(first: Record, second: Record, metric: str, sign: int, draws: Map
 
 
 def rank_sheets(standings: Iterable[Standing]) -> list[Sheet]:
-    """Return a sheet for each profile, scope and preset."""
-    groups: dict[tuple[str, str, str], list[Standing]] = defaultdict(list)
+    """Return a sheet for each profile, number of images, scope and preset."""
+    groups: dict[tuple[str, int, str, str], list[Standing]] = defaultdict(list)
     for one in standings:
-        groups[one.profile, one.scope, one.preset].append(one)
+        groups[_heading(one)].append(one)
     notes = (
         Note(
-            "A contest is one task, bit width and seed. Won: the paired 95 % interval over images tells the method "
-            "from every other. Undecided: not told from the best, or not resampled."
+            "A contest is one task with its sampler and steps, bit width and seed. Won: the paired 95 % interval over "
+            "images tells the method from every other. Undecided: not told from the best, or not resampled."
         ),
         Note(
             "Methods with their own parts only. Images decide a contest here, seeds do not: see the verdicts for both."
@@ -111,7 +116,7 @@ def rank_sheets(standings: Iterable[Standing]) -> list[Sheet]:
     header = ("metric", "method", "contests", WON, UNDECIDED, LOST)
     return [
         Sheet(
-            f"wins, profile {profile}, scope {scope}, preset {preset}",
+            f"wins, profile {profile}, scope {scope}, preset {preset}, n={n_images}",
             header,
             tuple(
                 Line((one.metric, one.method, *map(str, (one.contests, one.won, one.undecided, one.lost))))
@@ -119,7 +124,7 @@ def rank_sheets(standings: Iterable[Standing]) -> list[Sheet]:
             ),
             notes,
         )
-        for (profile, scope, preset), found in groups.items()
+        for (profile, n_images, scope, preset), found in groups.items()
     ]
 
 

@@ -125,7 +125,7 @@ def _csv_line(table: Table, row: Row, column: Column, cell: Cell) -> dict[str, A
             "quantization_seconds": row.seconds,
             "quantization_peak_mib": row.peak_mib,
             "quantization_other_load": row.other_load,
-            "comparable_with_published": table.facts["n_images"] >= FEW_IMAGES,
+            "comparable_with_published": table.facts["n_images"] >= FEW_IMAGES and not column.proxy,
             "protocol": "; ".join(f"{name}={value}" for name, value in table.protocol.items()),
             "records": " ".join(row.hashes),
         }

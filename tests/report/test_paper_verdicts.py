@@ -101,18 +101,17 @@ def test_a_row_that_cannot_run_yet_keeps_its_printed_number() -> None:
 def level(
     ours: float,
     n: int | None = 50000,
-    paired: list[float] | None = None,
     printed: str = "10.00",
     name: str = "fid",
     drawn: float | None = None,
+    seeds: int = 3,
 ) -> str:
     """The verdict on a printed 10.00, whose full precision is 9.00; drawn: our difference to it by the draws."""
     cell = Cell("I", "1", "task", "EDA-DM", "W4A8", name, printed, "50000", "")
     fp = Cell("I", "0", "task", "FP", "", name, "9.00", "50000", "")
-    extra = {"difference_to_fp": {"value": 1.0, "interval": paired}} if paired else {}
-    run = run_of(TINY.rows[0], metrics={name: metric(ours, n=50000, **extra)})
-    found = Found(Row({}, {}, (0,)), {0: run})
-    return verdicts.level_verdict(verdicts.Compared(found, cell, "", mean=ours, n=n), name, fp, drawn and effect(drawn))
+    run = run_of(TINY.rows[0], metrics={name: metric(ours, n=50000)})
+    one = verdicts.Compared(Found(Row({}, {}, (0,)), {0: run}), cell, "", mean=ours, n=n)
+    return verdicts.level_verdict(one, name, fp, drawn and effect(drawn, seeds=seeds))
 
 
 @pytest.mark.parametrize(
@@ -122,15 +121,15 @@ def level(
         (9.5, {}, "reproduced"),
         (10.51, {}, "undecided: no interval of the difference to FP"),
         (10.01, {"name": "is"}, "undecided: no interval of the difference to FP"),  # the tolerance is for distances
-        (10.51, {"name": "is", "paired": [0.9, 1.1]}, "reproduced"),
-        (10.51, {"name": "sfid", "paired": [1.1, 1.3]}, "differs"),
+        (10.51, {"name": "is", "drawn": 1.0}, "reproduced"),  # the printed difference to full precision is 1.00
+        (10.51, {"name": "sfid", "drawn": 2.0}, "differs"),
         (10.49, {"name": "sfid"}, "reproduced"),
-        (12.0, {"drawn": 1.0, "paired": [1.1, 1.3]}, "reproduced"),  # by the draws, where there are any
-        (12.0, {"drawn": 2.0, "paired": [0.9, 1.1]}, "differs"),
+        (12.0, {"drawn": 1.0}, "reproduced"),
+        (12.0, {"drawn": 2.0, "seeds": 2}, "undecided: needs 3 seeds"),
+        (12.0, {"drawn": 1.0, "seeds": 1}, "undecided: needs 3 seeds"),
+        (10.5, {"drawn": 2.0, "seeds": 1}, "reproduced"),  # the tolerance needs none
         (10.004, {"name": "ModelSize_MB", "n": None}, "reproduced"),
         (10.01, {"name": "ModelSize_MB", "n": None}, "differs"),
-        (12.0, {"paired": [0.9, 1.1]}, "reproduced"),  # the printed difference to full precision is 1.00
-        (12.0, {"paired": [1.1, 1.3]}, "differs"),
         (10.0, {"n": 2000}, "undecided at n=2000: printed for n=50000"),
         (10.0, {"n": None}, "undecided at n=None: printed for n=50000"),
         (10.0, {"printed": "-"}, "–"),

@@ -68,11 +68,11 @@ def test_presets_are_counted_apart_and_methods_with_most_wins_come_first() -> No
         for method, fd in (("rtn", 20.0), ("edadm", 10.0))
     ]
     found = ranks(records, resampled(records))
-    assert found[0] == Standing("reference", "full", "paper", "fd_tiny", "edadm", 1, 1, 0, 0)
+    assert found[0] == Standing("reference", 2048, "full", "paper", "fd_tiny", "edadm", 1, 1, 0, 0)
     sheets = rank_sheets(found)
     assert [sheet.heading for sheet in sheets] == [
-        "wins, profile reference, scope full, preset paper",
-        "wins, profile reference, scope full, preset released",
+        "wins, profile reference, scope full, preset paper, n=2048",
+        "wins, profile reference, scope full, preset released, n=2048",
     ]
     assert "| fd_tiny |  edadm |        1 |   1 |         0 |    0 |" in markdown(sheets)
     assert rank_lines(found)[0]["won"] == 1

@@ -67,6 +67,12 @@ def test_every_format_is_stable_to_the_byte(records: list[Record], style) -> Non
     assert style(tables(records)) == style(tables(records[::-1]))
 
 
+def test_a_proxy_of_many_images_is_comparable_with_nothing_published() -> None:
+    runs = [record(n_images=5000, metrics={"fd_tiny": metric(1.0, proxy=True), "fid": metric(2.0)})]
+    found = pd.read_csv(io.StringIO(render.csv(tables(runs)))).query("method == 'edadm'").set_index("metric")
+    assert found["comparable_with_published"].to_dict() == {"fd_tiny": False, "fid": True}
+
+
 def test_csv_reads_back_with_pandas(records: list[Record]) -> None:
     found = pd.read_csv(io.StringIO(render.csv(tables(records, resampled(records)))))
     line = found[(found["method"] == "edadm") & (found["metric"] == "fd_tiny")].iloc[0]
