@@ -68,20 +68,25 @@ def report(settings: Settings) -> tuple[str, bool]:
 def task_without_download(settings: Settings) -> Task:
     """Return the task with those of its weights that are on this machine."""
     part = dict(settings["task"])
-    for name in ("path", "first_stage"):
-        given = part.get(name)
-        if given is not None and weights.is_hub_name(given):
-            place = weights.local(given, _files_of(part["_target_"], name))
+    for name, files in _hub_files(settings).items():
+        if _is_on_hub(settings, name):
+            place = weights.local(part[name], files)
             part[name] = None if place is None else str(place)
     task: Task = build_part(part)
     return task
 
 
-def _files_of(target: str, name: str) -> Sequence[str]:
-    """Return what the task of a function reads of a hub repository that one of its arguments names."""
-    module = importlib.import_module(target.rpartition(".")[0])
+def _hub_files(settings: Settings) -> Mapping[str, Sequence[str]]:
+    """Return what the task reads of a hub repository, by the entry that may name one; most tasks fetch nothing."""
+    module = importlib.import_module(settings["task._target_"].rpartition(".")[0])
     files: Mapping[str, Sequence[str]] = getattr(module, "PARTS", {})
-    return files.get(name, ())
+    return files
+
+
+def _is_on_hub(settings: Settings, name: str) -> bool:
+    """Say whether an entry of the task, ``path`` or ``first_stage``, is a name on the hub that it can fetch."""
+    given = settings["task"].get(name)
+    return given is not None and name in _hub_files(settings) and weights.is_hub_name(str(given))
 
 
 def _device(settings: Settings) -> str:
@@ -129,9 +134,9 @@ def _weights(run: Run) -> Need:
     try:
         place = run.task.location()
     except EdadmError:
-        wanted = "model.path is not set" if given is None else f"model.path={given} is not on this machine"
+        wanted = "model.path is not set" if given is None else f"model.path={given} does not exist"
         remedy = run.task.remedy
-        if given is not None and weights.is_hub_name(str(given)):
+        if _is_on_hub(run.settings, "path"):
             return Need("weights", FETCHED, f"{given} on the hub, needs a network")
         return Need("weights", MISSING, wanted, remedy)
     try:
@@ -152,8 +157,10 @@ def _whole_bytes(place: Path) -> int:
 def _parts(run: Run) -> Iterator[Need]:
     told = run.task.weights is None or not run.task.weights.exists()  # with the weights, how to get all parts
     for place in run.task.others:
-        there = place.exists()
-        yield Need("part", HERE if there else MISSING, str(place), "" if there or told else run.task.remedy)
+        if place.exists():
+            yield Need("part", HERE, str(place))
+        else:
+            yield Need("part", MISSING, f"{place} does not exist", "" if told else run.task.remedy)
     if "first_stage" in run.settings["task"] and not (told or run.task.others):
         yield from _first_stage(run)
 

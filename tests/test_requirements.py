@@ -7,6 +7,7 @@ import torch
 
 from edadm import config, requirements
 from edadm.requirements import FETCHED
+from edadm.tasks import weights
 from tests.tasks import originals
 from tests.tasks.narrow import ldm_folder
 
@@ -54,6 +55,27 @@ def test_what_is_there_is_found(tmp_path: Path) -> None:
     (tmp_path / "real.npz").touch()
     text, complete = requirements.report(settings(*words))
     assert complete and "Nothing is missing." in text
+
+
+def test_a_path_of_a_task_that_fetches_nothing_is_no_name_on_the_hub() -> None:
+    text, complete = requirements.report(settings("task=imagenet_ldm4", "model.path=checkpoints/model", "device=cpu"))
+    assert "weights      MISSING: model.path=checkpoints/model does not exist; set model.path" in text
+    assert not complete
+
+
+def test_a_file_of_weights_that_is_not_there_is_no_name_on_the_hub() -> None:
+    text, _ = requirements.report(settings("task=coco_sd14", "model.path=checkpoints/sd-v1-4.ckpt", "device=cpu"))
+    assert "weights      MISSING: model.path=checkpoints/sd-v1-4.ckpt does not exist" in text
+    assert weights.is_hub_name("owner/name.v2") and not weights.is_hub_name("./name")
+
+
+@pytest.mark.parametrize("task", ["cifar10_ldm_tiny", "cifar10_dit_tiny"])
+def test_other_parts_of_an_embedded_task_are_folders_here(task: str) -> None:
+    words = [f"task={task}", "device=cpu"]
+    text, complete = requirements.report(settings(*words, "model.first_stage=owner/name"))
+    assert f"part         MISSING: {Path('owner/name').absolute()} does not exist" in text and not complete
+    text, complete = requirements.report(settings(*words, "model.path=owner/name"))
+    assert "weights      MISSING: model.path=owner/name does not exist" in text and not complete
 
 
 def test_the_embedded_task_has_everything() -> None:

@@ -122,13 +122,18 @@ def cifar10_dit_tiny(
 
 
 def _folder(name: str, path: str | None) -> Path:
-    return ASSETS / name if path is None else Path(path).expanduser()
+    return ASSETS / name if path is None else _given(path)
+
+
+def _given(path: str) -> Path:
+    """Return the place of a path as an absolute one, which is never taken for a name on the hub."""
+    return Path(path).expanduser().absolute()
 
 
 def _autoencoder(folder: Path, first_stage: str | None) -> Path | None:
     """Return the folder of the autoencoder, None where it belongs to the model's."""
     if first_stage is not None:
-        return Path(first_stage).expanduser()
+        return _given(first_stage)
     return None if (folder / "vae").is_dir() else AUTOENCODER
 
 

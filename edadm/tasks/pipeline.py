@@ -39,6 +39,7 @@ from edadm.tasks.text import split_prompts
 REMEDY = "set model.path to the folder of a diffusers pipeline, or to its name on the hub"
 DIT = "DiTTransformer2DModel"  # says its number of classes; its null label is the one above them
 UNCONDITIONAL = "UNet2DModel"
+PARTS: Mapping[str, tuple[str, ...]] = {"path": ()}  # a repository of the hub is read whole
 UNETS = (UNCONDITIONAL, "UNet2DConditionModel")
 
 

@@ -13,18 +13,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from edadm.errors import EdadmError
+from edadm.tasks import base
 
 NETWORKS = ("unet", "transformer", "vae", "vqvae", "text_encoder", "text_encoder_2", "text_encoder_3")
 WEIGHTS = (".safetensors", ".bin")
 logger = logging.getLogger(__name__)
 
 INDEX = "model_index.json"  # of the folder of a pipeline
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def is_hub_name(path: str) -> bool:
-    """Say whether a path that is no file or folder here reads as ``owner/name``."""
-    return bool(_HUB_NAME.fullmatch(path)) and not Path(path).expanduser().exists()
+    """Say whether a path that is no file or folder here reads as ``owner/name``, and not as a file of weights."""
+    reads_as_name = bool(_HUB_NAME.fullmatch(path)) and Path(path).suffix not in base.WEIGHTS
+    return reads_as_name and not Path(path).expanduser().exists()
 
 
 def local(path: str | None, parts: Sequence[str] = ()) -> Path | None:
