@@ -51,7 +51,7 @@ def imagenet_dit(
     checkpoint file. The rest is as in `edadm.tasks.latent.latent_task`.
     """
     where = weights.fetched(path, PARTS["path"], GIGABYTES)
-    apart = weights.fetched(first_stage, PARTS["first_stage"], 0.3)
+    apart = weights.fetched(first_stage, PARTS["first_stage"], 0.3, "model.first_stage")
 
     def autoencoder() -> Path:
         if apart is not None:

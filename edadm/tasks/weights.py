@@ -98,37 +98,39 @@ def refuse_variants(folder: Path) -> None:
         raise EdadmError(f"{folder} has no weights in float32 that are whole{found}")
 
 
-def fetched(path: str | None, parts: Sequence[str], gigabytes: float) -> Path | None:
-    """Return the place of ``model.path`` on this machine, downloaded if it is a hub name that is not here yet.
+def fetched(path: str | None, parts: Sequence[str], gigabytes: float, setting: str = "model.path") -> Path | None:
+    """Return the place of a path on this machine, downloaded if it is a hub name that is not here yet.
 
-    gigabytes: about what a download fetches. Raises EdadmError when it is not possible, with the ways around it.
+    gigabytes: about what a download fetches. setting: the one that holds the path. Raises EdadmError naming it when a
+    download is not possible, with the ways around it.
     """
     found = local(path, parts)
     if path is None or found is not None:
         return found
     from huggingface_hub import constants, snapshot_download
 
-    logger.info("model.path=%s: downloading about %.1f GB from the hub to %s", path, gigabytes, constants.HF_HUB_CACHE)
+    where = constants.HF_HUB_CACHE
+    logger.info("%s=%s: downloading about %.1f GB from the hub to %s", setting, path, gigabytes, where)
     try:
         folder = Path(snapshot_download(path, allow_patterns=list(parts) or None))
     except Exception as error:  # the client raises those of its transport, whose types depend on its version
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EdadmError(
-            f"model.path={path} is no file or folder here, and it could not be fetched from the hub ({reason}). Give "
+            f"{setting}={path} is no file or folder here, and it could not be fetched from the hub ({reason}). Give "
             f"the path of a local copy, or fetch it where there is a network: hf download {path}"
         ) from error
-    return whole(path, folder, parts)
+    return whole(path, folder, parts, setting)
 
 
-def whole(path: str, folder: Path, parts: Sequence[str] = ()) -> Path:
+def whole(path: str, folder: Path, parts: Sequence[str] = (), setting: str = "model.path") -> Path:
     """Return the folder of a download, which without network is the part of it that an earlier one left.
 
-    Raises EdadmError naming what it lacks.
+    Raises EdadmError naming the setting and what the folder lacks.
     """
     absent = [part for part in parts if not _plain(folder.glob(part))] if parts else _absent_networks(folder)
     if absent:
         raise EdadmError(
-            f"model.path={path}: {folder} has no {', '.join(absent)}, and nothing more could be fetched from the hub; "
+            f"{setting}={path}: {folder} has no {', '.join(absent)}, and nothing more could be fetched from the hub; "
             f"fetch it where there is a network (hf download {path}), or give a repository that has it"
         )
     return folder

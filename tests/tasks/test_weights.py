@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from edadm.errors import EdadmError
-from edadm.tasks import cifar10_ddim, weights
+from edadm.tasks import cifar10_ddim, dit, weights
 from edadm.tasks.model_folder import load_model
 from tests.toys import tiny_unet
 
@@ -44,6 +44,14 @@ def test_a_repository_is_here_when_every_part_is(snapshot: Path) -> None:
         weights.fetched(NAME, parts, 0.2)
     put(snapshot, "diffusion_pytorch_model.bin")
     assert weights.local(NAME, parts) == snapshot
+
+
+def test_the_setting_of_a_part_that_cannot_be_fetched_is_named(snapshot: Path) -> None:
+    with pytest.raises(EdadmError, match=r"^model\.first_stage=nobody/nothing is no file or folder here"):
+        dit.imagenet_dit(first_stage="nobody/nothing")
+    put(snapshot, "config.json")
+    with pytest.raises(EdadmError, match=r"^model\.first_stage=somebody/something: .* has no diffusion_pytorch_model"):
+        dit.imagenet_dit(first_stage=NAME)
 
 
 def test_a_pipeline_is_here_when_all_its_networks_are(snapshot: Path) -> None:
