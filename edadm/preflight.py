@@ -12,10 +12,11 @@ from collections.abc import Iterator
 
 import torch
 
+from edadm import stages
 from edadm.calibration.rows import CalibrationSet
 from edadm.errors import EdadmError
 from edadm.keys import Run
-from edadm.metrics import crops, references, tiny
+from edadm.metrics import crops, images, references, tiny
 from edadm.sampling.guidance import ClassConditions, Guidance
 from edadm.sampling.noise import CALIBRATION
 from edadm.tasks.checkpoint_file import require_whole
@@ -32,8 +33,23 @@ def check(run: Run) -> None:
             require_whole(file)
     if run.calibration_file and run.has_network:
         check_rows(run)
-    if run.is_full_precision and run.store.find("images", run.key("images")) is None:
-        check_images(run, decoded_size(run))
+    if run.is_full_precision or run.images_folder:
+        check_images(run, size_of_images(run))
+
+
+def size_of_images(run: Run) -> tuple[int, int]:
+    """Return height and width of the images of a run, where it can be from images that exist.
+
+    Raises EdadmError when its decoder cannot make any.
+    """
+    if run.images_folder:
+        _, height, width = images.image_size(images.image_files(run.images_folder)[0])
+        return height, width
+    made = run.store.find("images", run.key("images"))
+    if made is None:
+        return decoded_size(run)
+    _, _, height, width = images.read_file(made / stages.IMAGES).shape
+    return height, width
 
 
 def decoded_size(run: Run) -> tuple[int, int]:
@@ -41,7 +57,7 @@ def decoded_size(run: Run) -> tuple[int, int]:
     shape = run.task.sample_shape
     to_images = run.task.to_images(run.device)
     try:
-        images = to_images(torch.zeros(1, *shape, device=run.device))
+        decoded = to_images(torch.zeros(1, *shape, device=run.device))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -49,7 +65,7 @@ def decoded_size(run: Run) -> tuple[int, int]:
             f"the decoder of task {run.task.name} makes no image of a sample of {list(shape)} "
             f"({str(error).splitlines()[0]}): is it that of another model? Else set model.sample_shape"
         ) from error
-    return images.shape[2], images.shape[3]
+    return decoded.shape[2], decoded.shape[3]
 
 
 def check_images(run: Run, size: tuple[int, int]) -> None:

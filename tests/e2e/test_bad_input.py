@@ -293,6 +293,19 @@ def test_a_reference_folder_that_cannot_be_compared_with(
     refused(*inception, "metrics.inception.reference=stl10-train", says="stl10-train are 96 x 96, the scored ones 32")
 
 
+def test_a_reference_of_another_size_than_images_that_are_made(
+    refused: Refused, inception: tuple[str, ...], tmp_path: Path
+) -> None:
+    write_folder(random_images(2, 16), tmp_path / "small")
+    write_folder(random_images(2, 32), tmp_path / "made")
+    words = line(tmp_path / "results", *inception, "metrics.inception.reference=null", "method=fp")
+    unscored = [*words, "metrics.names=[psnr]"]
+    experiment.execute(experiment.prepare(config.settings(config.compose(unscored), unscored)))
+    other, says = f"metrics.inception.reference={tmp_path / 'small'}", "are 16 x 16, the scored ones 32 x 32: give"
+    refused(*inception, other, says=says)
+    refused(*inception, other, f"images={tmp_path / 'made'}", says=says)
+
+
 def test_a_reference_file_that_cannot_be_compared_with(
     refused: Refused, inception: tuple[str, ...], tmp_path: Path
 ) -> None:
