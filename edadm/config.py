@@ -334,9 +334,14 @@ def _by_bits(rates: Mapping[int, float] | float, bits: int) -> float:
     return float(rates[min((width for width in rates if width >= bits), default=max(rates))])
 
 
+def own_of_task(settings: Settings) -> DictConfig:
+    """Return the configuration of a run's task and profile without any other choice."""
+    return compose([f"task={settings['task.name']}", f"profile={settings['profile.name']}"])
+
+
 def has_own_sampler(settings: Settings) -> bool:
     """Say whether images are sampled as the task has it, which its expected scores are of."""
-    own = compose([f"task={settings['task.name']}", f"profile={settings['profile.name']}"])
+    own = own_of_task(settings)
     return OmegaConf.to_container(own.sampler, resolve=True) == settings["sampler"]
 
 

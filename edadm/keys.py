@@ -15,7 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from edadm.config import OFF, Settings, has_own_sampler
+from edadm import expected
+from edadm.config import OFF, Settings
 from edadm.errors import EdadmError
 from edadm.metrics import networks, references, tiny
 from edadm.metrics.crops import check_crop
@@ -55,14 +56,8 @@ class Run:
 
     @property
     def expected_band(self) -> Mapping[str, tuple[float, float]]:
-        """What full precision should score: as the task says, nothing for other images than that was measured on."""
-        settings = self.settings
-        is_measured = (
-            settings["profile.name"] == self.task.expected_profile
-            and settings["n_images"] == settings["profile.images"]
-            and has_own_sampler(settings)
-        )
-        return self.task.expected_band if is_measured else {}
+        """What full precision should score, by metric: as the task says, of images and scores that are made as its."""
+        return expected.band_of(self.settings, self.task)
 
     @property
     def loaded(self) -> Path | None:

@@ -316,6 +316,6 @@ def expectation_lines(run: Run) -> list[str]:
     if not lines and run.task.expected_band:
         return [
             f"  no score is known of these images: the task's is of profile={run.task.expected_profile}, its number of "
-            "images, and its own sampler, steps and guidance"
+            "images, its own sampler, steps and guidance, and its own metrics"
         ]
     return lines or ["  no published score is expected of it"]

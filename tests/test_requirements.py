@@ -16,6 +16,11 @@ def settings(*words: str) -> config.Settings:
     return config.settings(config.compose(words), words)
 
 
+def run_of(*words: str) -> requirements.Run:
+    chosen = settings("device=cpu", *words)
+    return requirements.Run(chosen, requirements.task_without_download(chosen), requirements.Store(), "cpu", 1)
+
+
 def test_a_task_without_anything_says_what_to_get_and_what_to_expect() -> None:
     text, complete = requirements.report(settings("task=imagenet_ldm4", "device=cpu"))
     assert not complete and "Missing: weights, reference" in text
@@ -100,6 +105,33 @@ def test_scores_of_other_images_are_not_expected(word: str) -> None:
     assert "expected;" not in text and "is of profile=paper" in text
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["metrics.clip.model=ViT-L-14", "metrics.clip.pretrained=openai"], {"fid", "sfid"}),
+        (["metrics.clip.prompts=/prompts.txt"], {"fid", "sfid"}),
+        (["metrics.inception.sha256=0"], {"clip"}),
+        (["metrics.crop=center_256"], set()),
+        (["model.sample_shape=[4,32,32]"], set()),
+        (["profile.images=10"], set()),
+        (
+            ["model.path=/weights", "dataset.prompts=/captions.json", "metrics.inception.reference=/val2014",
+             "metrics.clip.weights=/clip.safetensors"],
+            {"fid", "sfid", "clip"},
+        ),
+    ],
+)  # fmt: skip
+def test_scores_that_are_measured_otherwise_are_not_expected(words: list[str], expected: set[str]) -> None:
+    assert run_of("task=coco_sd14", *words).expected_band.keys() == expected
+
+
+def test_other_references_than_those_of_the_task_have_no_expected_score() -> None:
+    assert run_of("task=cifar10_ddim").expected_band.keys() == {"fid", "is"}
+    assert not run_of("task=cifar10_ddim", "metrics.inception.reference=/images").expected_band
+    assert run_of().expected_band.keys() == {"fd_tiny"}
+    assert not run_of("metrics.reference=/statistics.safetensors").expected_band
+
+
 def test_an_original_dit_is_missing_its_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     torch.save(originals.dit_state(), tmp_path / "DiT.pt")
@@ -123,9 +155,7 @@ def test_a_truncated_checkpoint_is_missing(tmp_path: Path) -> None:
 
 def test_disk_grows_with_images_and_rows() -> None:
     def needed(*words: str) -> float:
-        chosen = settings("task=lsun_church_ldm8", "device=cpu", *words)
-        run = requirements.Run(chosen, requirements.task_without_download(chosen), requirements.Store(), "cpu", 1)
-        return requirements.disk_bytes(run)
+        return requirements.disk_bytes(run_of("task=lsun_church_ldm8", *words))
 
     more_images = needed("n_images=1000") - needed("n_images=0")
     assert more_images == 3 * 1000 * 3 * 256 * 256  # a church latent of 32 x 32 decodes to 256 x 256
