@@ -26,6 +26,7 @@ ALL_PARTS = ("model", "dataset", "sampler", *METHOD_PARTS)
 _FREE = ("profile.images", "profile.steps")  # tables keep runs apart by them: no property of the method
 _PLACES = PLACES | {"calibration_prompts"}
 _FP_PARTS = {"model": None, "dataset": None, "sampler": None, "profile": {"images", "steps"}}
+_BRING_CALIBRATION_PROMPTS = ("drawbench_sd14",)  # which evaluate every prompt of their own
 _RESOLVED_WITH = ("model", "preset", "profile", "protocol", "published", "ranges")
 
 
@@ -41,7 +42,8 @@ def changed_numbers(record: Record, parts: Iterable[str] = ALL_PARTS) -> set[str
     """Return the numbers of a record's parts that are others than in the files of ``conf``, as ``sampler.eta``.
 
     A number that only one of them has is not compared, so that a part may get another one, and no place of a file,
-    whose content the protocol knows. Full precision depends on model, sampler and images only.
+    whose content the protocol knows. Other labels or prompts to calibrate with than the task's own count as well. Full
+    precision depends on model, sampler and images only.
     """
     changed = set()
     for group, keys in (_FP_PARTS if record.is_fp else dict.fromkeys(parts, None)).items():
@@ -51,6 +53,20 @@ def changed_numbers(record: Record, parts: Iterable[str] = ALL_PARTS) -> set[str
         own = _own_part(root() / "conf", group, word_of(record, group), _context(record))
         compared = (own.keys() & recorded.keys() & (own.keys() if keys is None else keys)) - _PLACES
         changed |= {f"{group}.{key}" for key in compared if own[key] != recorded[key]}
+    return changed if record.is_fp else changed | _changed_calibration(record)
+
+
+def _changed_calibration(record: Record) -> set[str]:
+    """Return the settings by which a run calibrates with other labels or prompts than its task does by itself."""
+    from omegaconf import OmegaConf
+
+    conditions, prompts = "task.calibration_conditions", "dataset.calibration_prompts"
+    changed = set()
+    own = OmegaConf.select(task_file(root() / "conf", record.task), conditions)
+    if own is not None and word_of(record, conditions) not in (own, "absent"):
+        changed.add(conditions)
+    if word_of(record, prompts) != "absent" and record.task not in _BRING_CALIBRATION_PROMPTS:
+        changed.add(prompts)
     return changed
 
 

@@ -7,7 +7,7 @@ import pytest
 from edadm.records import Record
 from edadm.report.experiment_file import Row, load
 from edadm.report.paper_rows import find_rows, standard_words
-from edadm.report.published import changed_numbers
+from edadm.report.published import changed_numbers, is_published
 from tests.report.paper_records import made, run_of, scored
 from tests.report.records_for_tests import metric
 
@@ -75,11 +75,26 @@ def test_the_weights_and_prompts_that_a_real_task_needs_change_no_number() -> No
     table = load("table4_coco", "paper")
     row = next(row for row in table.rows if row.run["method"] == "edadm")
     words = [f"{key}={value}" for key, value in row.words.items()]
-    own = made(
-        [*words, "model.path=/weights", "dataset.prompts=/captions.json", "dataset.calibration_prompts=/more.txt"]
-    )
+    own = made([*words, "model.path=/weights", "dataset.prompts=/captions.json"])
     rows, _ = find_rows(table, [own])
     assert [found.row.run for found in rows if found.runs] == [row.run]
+
+
+@pytest.mark.parametrize(
+    "word", ["task.calibration_conditions=released", "dataset.calibration_prompts=/more.txt"]
+)  # fmt: skip
+def test_a_run_calibrated_with_other_prompts_is_not_the_method_as_published(word: str) -> None:
+    table = load("table4_coco", "paper")
+    row = next(row for row in table.rows if row.run["method"] == "edadm")
+    other = made([*(f"{key}={value}" for key, value in row.words.items()), word])
+    assert not is_published(other) and not any(found.runs for found in find_rows(table, [other])[0])
+    full_precision = next(row for row in table.rows if row.is_fp)
+    same = made([*(f"{key}={value}" for key, value in full_precision.words.items()), word])
+    assert any(found.runs for found in find_rows(table, [same])[0])
+
+
+def test_drawbench_is_calibrated_with_prompts_that_the_user_brings() -> None:
+    assert is_published(made(["task=drawbench_sd14", "method=edadm", "dataset.calibration_prompts=/more.txt"]))
 
 
 def on_task_of(one: Row, row: Row) -> Row:
