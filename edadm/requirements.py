@@ -11,7 +11,6 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from edadm.config import Settings
 from edadm.errors import EdadmError
 from edadm.estimate import seconds_per_row, stage_passes
 from edadm.keys import Run
-from edadm.metrics import clip_tiny
-from edadm.metrics.images import image_files
+from edadm.metric_needs import FETCHED, HERE, MISSING, Need, needs_of_metrics
 from edadm.parts import build_part
 from edadm.progress import duration
 from edadm.store import Store, cache_root
@@ -30,25 +28,9 @@ from edadm.tasks import weights
 from edadm.tasks.base import PIPELINE, WEIGHTS, Task
 from edadm.tasks.checkpoint_file import require_whole
 
-HERE, MISSING, FETCHED = "here", "MISSING", "fetched on first use"
 COPIES = 3  # of the denoiser in memory while it is reconstructed: float weights, quantized ones, what is learned
 WORKING_MEMORY = 4e9  # bytes of activations beside it, for the tasks of the paper
 EFFICIENCY = 0.35  # of a network against a plain matrix product on the same device
-
-
-@dataclass(frozen=True)
-class Need:
-    """One thing that a task needs: its state, what was found, and what to do where it is missing."""
-
-    what: str
-    state: str
-    found: str
-    remedy: str = ""
-
-    @property
-    def line(self) -> str:
-        """The need as one line of text."""
-        return f"  {self.what:<12} {self.state}: {self.found}" + (f"; {self.remedy}" if self.remedy else "")
 
 
 def report(settings: Settings) -> tuple[str, bool]:
@@ -95,22 +77,19 @@ def _device(settings: Settings) -> str:
 
 
 def needs_of(run: Run) -> Iterator[Need]:
-    """Return everything that a run needs, in the order in which it would be missed."""
+    """Return everything that a run needs, in the order in which it would be missed.
+
+    Raises EdadmError for a metric that does not exist, or whose settings the group ``metrics`` does not have.
+    """
     yield _weights(run)
     if _is_unknown(run):
         return
     yield from _parts(run)
-    if "prompts" in run.settings["task"] and (run.task.own is None or run.task.own.takes_prompts):
+    has_prompts = "prompts" in run.settings["task"] and (run.task.own is None or run.task.own.takes_prompts)
+    if has_prompts:
         yield _package("transformers", "text")
         yield _prompts(run)
-    if run.needs_inception:
-        yield _reference(run)
-        yield _inception_weights(run)
-    for name in ("clip", "aesthetic"):
-        if name in run.metrics:
-            yield _clip_weights(run, name)
-    if "clip_tiny" in run.metrics:
-        yield _small_clip()
+    yield from needs_of_metrics(run, has_prompts)
     if _size(run) is not None:
         yield _memory(run)
     yield _disk(run)
@@ -190,47 +169,6 @@ def _prompts(run: Run) -> Need:
         return Need("prompts", MISSING, str(error))
     own = getattr(conditions, "own", conditions)
     return Need("prompts", HERE, f"{len(own.evaluated)} to evaluate, {len(own.calibration)} others to calibrate")
-
-
-def _reference(run: Run) -> Need:
-    source = run.settings["metrics.inception.reference"]
-    remedy = "set metrics.inception.reference to a folder of the real images, or to an .npz with their statistics"
-    if source is None:
-        return Need("reference", MISSING, "metrics.inception.reference is not set", remedy)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        count = len(image_files(path, recursive=True))
-        return Need("reference", HERE if count > 1 else MISSING, f"{path} with {count} images")
-    if path.is_file():
-        return Need("reference", HERE, str(path))
-    if path.suffix or "/" in source:
-        return Need("reference", MISSING, f"{source} does not exist", remedy)
-    return Need("reference", FETCHED, f"{source}, by torch-fidelity")
-
-
-def _inception_weights(run: Run) -> Need:
-    given = run.settings["metrics.inception.weights"]
-    if given is not None:
-        return Need("Inception", HERE if Path(given).expanduser().is_file() else MISSING, str(given))
-    kept = list((Path(torch.hub.get_dir()) / "checkpoints").glob("weights-inception-2015-12-05*"))
-    if kept:
-        return Need("Inception", HERE, str(kept[0]))
-    return Need("Inception", FETCHED, "0.1 GB, by torch-fidelity; else give metrics.inception.weights")
-
-
-def _clip_weights(run: Run, name: str) -> Need:
-    given = run.settings["metrics"].get(name, {}).get("weights")
-    if given is not None:
-        return Need(name, HERE if Path(given).expanduser().is_file() else MISSING, str(given))
-    return Need(name, FETCHED, f"by open_clip unless it has them; else give metrics.{name}.weights")
-
-
-def _small_clip() -> Need:
-    try:
-        clip_tiny.sha256()
-    except EdadmError as error:
-        return Need("clip_tiny", MISSING, str(error))
-    return Need("clip_tiny", HERE, str(clip_tiny.FOLDER))
 
 
 def _memory(run: Run) -> Need:

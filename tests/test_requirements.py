@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from edadm import config, requirements
-from edadm.requirements import FETCHED
+from edadm.metric_needs import FETCHED, MISSING
 from edadm.tasks import weights
 from tests.tasks import originals
 from tests.tasks.narrow import ldm_folder
@@ -36,6 +36,40 @@ def test_a_text_to_image_task_asks_for_prompts(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(f"a red cube {i}" for i in range(20)))
     text, _ = requirements.report(settings(*words, f"dataset.prompts={tmp_path / 'prompts.txt'}"))
     assert "18 to evaluate, 2 others to calibrate" in text
+
+
+def missing(*words: str) -> list[str]:
+    """Return the lines of what is missing of a run."""
+    return [need.line for need in requirements.needs_of(run_of(*words)) if need.state == MISSING]
+
+
+def test_what_fd_dinov2_compares_with_and_its_weights_are_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert "metrics.dinov2.reference is not set" in "".join(missing("metrics=dinov2"))
+    words = ["metrics=dinov2", "metrics.dinov2.reference=cifar10-train"]
+    needs = {need.what: need for need in requirements.needs_of(run_of(*words))}
+    assert needs["DINOv2"].state == FETCHED and "dinov2_vitl14_pretrain.pth" in needs["DINOv2"].found
+    (line,) = missing(*words, "metrics.dinov2.weights=/nowhere.pth")
+    assert "DINOv2       MISSING: /nowhere.pth does not exist" in line
+
+
+def test_prompts_of_scored_images_are_a_need_of_a_task_without_any(tmp_path: Path) -> None:
+    (line,) = missing("metrics=clip", "n_images=3")
+    assert "prompts      MISSING: the scored images have none" in line and "metrics.clip.prompts" in line
+    (tmp_path / "prompts.txt").write_text("a cat\na dog")
+    (line,) = missing("metrics=clip", "n_images=3", f"metrics.clip.prompts={tmp_path / 'prompts.txt'}")
+    assert "2 prompts for 3 images" in line
+    assert not missing("metrics=clip", "n_images=2", f"metrics.clip.prompts={tmp_path / 'prompts.txt'}")
+
+
+def test_files_of_metrics_that_are_not_there_are_missing() -> None:
+    (line,) = missing("metrics.reference=/nowhere.safetensors")
+    assert "statistics   MISSING: /nowhere.safetensors does not exist; set metrics.reference" in line
+    (line,) = missing("metrics=aesthetic", "metrics.aesthetic.head=/nowhere.safetensors")
+    assert "head         MISSING: /nowhere.safetensors does not exist; set metrics.aesthetic.head to v1, v2" in line
+    assert not missing("metrics=aesthetic", "metrics.aesthetic.head=v2")
 
 
 def test_drawbench_is_evaluated_on_all_of_its_prompts(tmp_path: Path) -> None:

@@ -54,6 +54,11 @@ class Release:
         name = f"dinov2_vit{self.letter}14"
         return f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth"
 
+    @property
+    def path(self) -> Path:
+        """Where torch's hub keeps the weight file."""
+        return Path(torch.hub.get_dir()) / "checkpoints" / self.url.rsplit("/", 1)[1]
+
 
 RELEASES = {
     "dinov2-vit-s-14": Release(
@@ -102,16 +107,21 @@ def find_weights(
 ) -> tuple[Path, str]:
     """Return the path and the sha256 of the weights; without a path, of Meta's release, which is fetched if absent."""
     check_torchvision()
-    if model not in RELEASES:
-        raise EdadmError(f"unknown DINOv2 model {model}: choose from {', '.join(RELEASES)}")
-    release = RELEASES[model]
+    release = release_of(model)
     remedy = f"fetch {release.url} and give its path as weights"
     if weights is not None:
         path = Path(weights).expanduser()
     else:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / release.url.rsplit("/", 1)[1]
+        path = release.path
         fetched(release.url, path, functools.partial(_download, sha256=release.sha256), "DINOv2", remedy)
     return path, checked_sha256(path, sha256 or release.sha256, "DINOv2", remedy)
+
+
+def release_of(model: str) -> Release:
+    """Return what is published of a model. Raises EdadmError for an unknown one."""
+    if model not in RELEASES:
+        raise EdadmError(f"unknown DINOv2 model {model}: choose from {', '.join(RELEASES)}")
+    return RELEASES[model]
 
 
 def extract(images: torch.Tensor, network: Dinov2Network) -> torch.Tensor:
