@@ -15,6 +15,14 @@ from edadm.metrics.images import image_files
 from edadm.metrics.registry import PROMPTED
 
 HERE, MISSING, FETCHED = "here", "MISSING", "fetched on first use"
+ADM = "of ADM's evaluations (openai/guided-diffusion on GitHub)"
+# The real images, by dataset. Not in conf/dataset: records hold that, and reports tell runs apart by its words.
+SOURCES = {
+    "imagenet": f"VIRTUAL_imagenet256_labeled.npz {ADM}",
+    "lsun_bedroom": f"VIRTUAL_lsun_bedroom256.npz {ADM}",
+    "lsun_church": "the images of church_outdoor of LSUN (fyu/lsun on GitHub)",
+    "coco": "the images of val2014 of MS-COCO (cocodataset.org)",
+}
 
 
 @dataclass(frozen=True)
@@ -40,10 +48,10 @@ def needs_of_metrics(run: Run, has_prompts: bool) -> Iterator[Need]:
     if run.needs_tiny:
         yield _file("statistics", run.tiny_reference, "set metrics.reference to a file of them; null: the embedded one")
     if run.needs_inception:
-        yield _reference(run, "inception", ", or to an .npz of their statistics")
+        yield _reference(run, "inception", ", or to an .npz of their statistics" + _source(run))
         yield _inception_weights(run)
     if "fd_dinov2" in run.metrics:
-        yield _reference(run, "dinov2")
+        yield _reference(run, "dinov2")  # statistics of Inception's features, which ADM's files hold, are of no use
         yield _dinov2_weights(run)
     asking = next((name for name in PROMPTED if name in run.metrics), None)
     if asking is not None:
@@ -61,6 +69,11 @@ def _file(what: str, path: str | Path, remedy: str) -> Need:
     if Path(path).expanduser().is_file():
         return Need(what, HERE, str(path))
     return Need(what, MISSING, f"{path} does not exist", remedy)
+
+
+def _source(run: Run) -> str:
+    where = SOURCES.get(run.settings["dataset.name"])
+    return "" if where is None else f": {where}"
 
 
 def _reference(run: Run, name: str, otherwise: str = "") -> Need:

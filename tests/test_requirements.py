@@ -38,6 +38,23 @@ def test_a_text_to_image_task_asks_for_prompts(tmp_path: Path) -> None:
     assert "18 to evaluate, 2 others to calibrate" in text
 
 
+@pytest.mark.parametrize(
+    ("task", "source"),
+    [
+        ("imagenet_ldm4", "VIRTUAL_imagenet256_labeled.npz of ADM's"),
+        ("lsun_bedroom_ldm4", "VIRTUAL_lsun_bedroom256.npz of ADM's"),
+        ("lsun_church_ldm8", "church_outdoor of LSUN"),
+        ("coco_sd14", "val2014 of MS-COCO"),
+    ],
+)
+def test_a_task_says_where_its_reference_and_prompts_are(task: str, source: str) -> None:
+    needs = list(requirements.needs_of(run_of(f"task={task}")))
+    (reference,) = (need for need in needs if need.what == "reference")
+    assert reference.state == MISSING and source in reference.remedy
+    for need in needs:
+        assert need.what != "prompts" or "annotations of 2014, cocodataset.org" in need.found
+
+
 def missing(*words: str) -> list[str]:
     """Return the lines of what is missing of a run."""
     return [need.line for need in requirements.needs_of(run_of(*words)) if need.state == MISSING]

@@ -43,6 +43,8 @@ PARTS = {
     ),
 }
 GIGABYTES = 4.3
+CAPTIONS = "captions_val2014.json of MS-COCO (annotations of 2014, cocodataset.org)"
+DRAWBENCH = "the prompts of DrawBench (the sheet that the Imagen project links, imagen.research.google)"
 
 
 def coco_sd14(**given: Any) -> Task:
@@ -90,10 +92,9 @@ def text_task(
     @cache
     def of_prompts() -> Conditions:
         if prompts is None:
-            other = "the prompts of DrawBench" if all_prompts else "captions_val2014.json of MS-COCO"
             raise EdadmError(
-                f"dataset.prompts is not set, and task {name} has none of its own: set it to {other}, or to a text "
-                "file with one prompt a line"
+                f"dataset.prompts is not set, and task {name} has none of its own: set it to "
+                f"{DRAWBENCH if all_prompts else CAPTIONS}, or to a text file with one prompt a line"
             )
         if all_prompts and calibration_prompts is None:
             split = _all_evaluated(name, prompts, calibration_conditions)
