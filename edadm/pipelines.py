@@ -56,9 +56,10 @@ def quantize(
     method, bits: names of ``run.py``. prompts: those that calibrate a text-to-image pipeline, a list or a file with one
     a line. sample_shape: (C, H, W) of the samples that calibrate, those of a latent where there is an autoencoder, by
     default of the denoiser's configuration. classes, null_label: of a class-conditional UNet.
-    choices: rows, iterations, batch, steps, eta, guidance_scale, and any other word of the command line, its dots as
-    they are: ``seed=1``, ``calibration="random"``, ``**{"recipe.lr_weight": 0.1}``. Calibration samples with the
-    pipeline's own scheduler, as many steps (at most 100) and the guidance that a call of the pipeline takes.
+    choices: rows, iterations, batch, steps, eta, guidance_scale, and any word of the command line that is not in
+    NO_PART_OF_IT, its dots as they are: ``seed=1``, ``calibration="random"``, ``**{"recipe.lr_weight": 0.1}``.
+    Calibration samples with the pipeline's own scheduler, as many steps (at most 100) and the guidance that a call of
+    the pipeline takes.
     Stages are kept in the cache; a call with the same arguments finds them, a killed one goes on.
     Raises EdadmError before anything long for a pipeline that cannot be covered and for impossible choices.
     """

@@ -19,6 +19,7 @@ import edadm
 from edadm import config, pipelines, stages
 from edadm.calibration.rows import CalibrationSet
 from edadm.calibration.trajectories import Trajectories
+from edadm.checkout import root
 from edadm.errors import EdadmError
 from edadm.quant import io
 from tests.small_pipelines import PIPELINES, PROMPTS, TEXTS, ddim, stable_diffusion
@@ -33,6 +34,11 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.WARNING)
     yield
     logging.disable(logging.NOTSET)
+
+
+def test_the_guide_names_every_word_that_is_refused() -> None:
+    guide = (root() / "docs" / "pipelines.md").read_text(encoding="utf-8")
+    assert [name for name in pipelines.NO_PART_OF_IT if f"`{name}`" not in guide] == []
 
 
 @pytest.fixture
