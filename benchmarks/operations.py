@@ -22,7 +22,7 @@ from edadm.quant.ranges import MSE
 from edadm.reconstruction.passes import PausedPasses
 from edadm.reconstruction.random import seeded
 from edadm.reconstruction.reconstruct import reconstruct
-from edadm.reconstruction.settings import Joint
+from edadm.reconstruction.settings import Joint, Phase, TwoPhase
 from edadm.sampling.ddim import Sampler
 
 # The network of golden README 3.1.
@@ -178,28 +178,66 @@ def ranges(bench: Bench) -> Iterator[Row]:
     yield bench.row(f"activation ranges, {len(bench.x)} rows in {len(bench.x) // RANGE_BATCH} batches", pairs)
 
 
+@dataclass(frozen=True)
+class OnePhase:
+    """One of the phases of an optimisation, to be timed alone."""
+
+    settings: Joint | TwoPhase
+    number: int = 0
+
+    def phases(self, kind: str = "block") -> tuple[Phase, ...]:
+        """Return this phase alone for a unit of this kind."""
+        return self.settings.phases(kind)[self.number : self.number + 1]
+
+
+def joint(count: int, layer_loss_pass: str = "shared") -> OnePhase:
+    """Return EDA-DM's only phase with so many iterations."""
+    return OnePhase(
+        Joint(count, lr_weight=LR_WEIGHT, lr_act=LR_ACT, layer_loss_pass=layer_loss_pass, batch=BATCH),
+    )
+
+
+def two_phase(count: int, number: int) -> OnePhase:
+    """Return the phase of the rounding (0) or of the activation scales (1) with so many iterations."""
+    return OnePhase(TwoPhase(count, count, batch=BATCH), number)
+
+
+KINDS: dict[str, tuple[str, Callable[[int], OnePhase]]] = {
+    "FBR iteration, {}, separate pass": ("fbr", partial(joint, layer_loss_pass="separate")),
+    "FBR iteration, {}, shared pass": ("fbr", joint),
+    "block-wise iteration, {}": ("block", joint),
+    "block-wise iteration, {}, two-phase, rounding": ("block", partial(two_phase, number=0)),
+    "block-wise iteration, {}, two-phase, activations": ("block", partial(two_phase, number=1)),
+    "layer-wise iteration, first layer of {}": ("layer", joint),
+    "layer-wise iteration, first layer of {}, two-phase, rounding": ("layer", partial(two_phase, number=0)),
+    "layer-wise iteration, first layer of {}, two-phase, activations": ("layer", partial(two_phase, number=1)),
+}
+"""The iterations of every granularity and optimisation: how a line is called, and its granularity and phase."""
+
+
 def iterations(bench: Bench) -> Iterator[Row]:
-    """Time iterations on three units: block-wise, and FBR with either pass for its layer losses."""
-    kinds = (("fbr", "separate", "FBR"), ("fbr", "shared", "FBR"), ("block", "shared", "block-wise"))
-    for name, index in units_to_time(bench.network.units("block")).items():
-        for granularity, layer_pass, label in kinds:
-            suffix = f", {layer_pass} pass" if granularity == "fbr" else ""
-            pairs = _reconstruct(bench, index, granularity, layer_pass)
-            yield bench.row(f"{label} iteration, {name}{suffix}", pairs)
+    """Time iterations on three blocks, and on the first layer of each."""
+    blocks, layers = bench.network.units("block"), bench.network.units("layer")
+    for name, index in units_to_time(blocks).items():
+        first = next(i for i, layer in enumerate(layers) if layer.name.startswith(blocks[index].name + "."))
+        for title, (granularity, phase) in KINDS.items():
+            pairs = _reconstruct(bench, first if granularity == "layer" else index, granularity, phase)
+            yield bench.row(title.format(name), pairs)
 
 
-def _reconstruct(bench: Bench, index: int, granularity: str, layer_loss_pass: str) -> Pairs:
+def _reconstruct(bench: Bench, index: int, granularity: str, phase: Callable[[int], OnePhase]) -> Pairs:
     """Reconstruct one unit and time its iterations, each from one look at the losses to the next."""
-    count = 4 * bench.repeats
-    earlier = bench.network.units("block")[:index]
+    settings = phase(4 * bench.repeats + 1)
+    (one,) = settings.phases()
+    earlier = bench.network.units("layer" if granularity == "layer" else "block")[:index]
     pairs = bench.pairs()
     reconstruct(
         bench.network,
         (bench.x, bench.timestep),
-        Joint(count + 1, lr_weight=LR_WEIGHT, lr_act=LR_ACT, layer_loss_pass=layer_loss_pass, batch=BATCH),
+        settings,
         granularity,
         seeded(0),
-        done={f"joint.{unit.name}": unit_state(unit) for unit in earlier},
+        done={f"{one.name}.{unit.name}": unit_state(unit) for unit in earlier},
         observe=lambda step: pairs.next(),
         limit=index + 1,
     )

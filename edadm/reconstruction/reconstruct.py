@@ -18,7 +18,7 @@ from edadm.reconstruction.objective import LayerTap, UnitData, loss_layers
 from edadm.reconstruction.parking import Parking
 from edadm.reconstruction.passes import Arguments, PausedPasses
 from edadm.reconstruction.random import RandomFactory
-from edadm.reconstruction.settings import Joint, Phase, TwoPhase
+from edadm.reconstruction.settings import Optimization, Phase
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 def reconstruct(
     network: QuantModel,
     rows: Sequence[torch.Tensor],
-    settings: Joint | TwoPhase,
+    settings: Optimization,
     granularity: str,
     random: RandomFactory,
     *,
@@ -214,7 +214,7 @@ class _Run:
             self.on_unit(key, state, report)
 
 
-def _phase(settings: Joint | TwoPhase, number: int, unit: Unit, granularity: str) -> Phase:
+def _phase(settings: Optimization, number: int, unit: Unit, granularity: str) -> Phase:
     phase = settings.phases(unit.kind)[number]
     return phase if granularity == "fbr" else replace(phase, layer_loss_weight=0.0)
 

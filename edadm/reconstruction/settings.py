@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import Protocol
 
 from edadm.errors import EdadmError
 
@@ -50,6 +51,13 @@ class Phase:
             if getattr(self, name) < 1:
                 raise EdadmError(f"{name} of phase {self.name} is {getattr(self, name)}: it must be at least 1")
         _shares(input_prob=self.input_prob, drop_prob=self.drop_prob, warmup=self.warmup)
+
+
+class Optimization(Protocol):
+    """What a reconstruction asks of an optimisation."""
+
+    def phases(self, kind: str = "block") -> tuple[Phase, ...]:
+        """Return the phases for a unit of this kind (block, layer or matmul), as many for every kind."""
 
 
 @dataclass(frozen=True)
