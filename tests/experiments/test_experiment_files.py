@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 
 import hydra
@@ -32,6 +33,13 @@ def composed(*words: str) -> DictConfig:
     with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         return loader.load_configuration("config", list(words), run_mode=RunMode.MULTIRUN)
+
+
+@pytest.fixture(scope="module", params=RUNNING, ids=lambda case: "-".join(case))
+def running(request: pytest.FixtureRequest) -> tuple[Experiment, DictConfig]:
+    """An experiment with rows and what Hydra composes of it; what is available is asked for when jobs are made."""
+    name, scale = request.param
+    return load(name, scale), composed(f"experiments={name}", f"scale={scale}")
 
 
 def wanted(experiment: Experiment, available: bool = False) -> set[tuple[tuple[str, str], ...]]:
@@ -70,13 +78,12 @@ def test_every_row_is_a_line_of_the_printed_table(name: str, scale: str) -> None
         }
 
 
-@pytest.mark.parametrize(("name", "scale"), RUNNING)
 def test_the_superset_holds_every_row_and_the_rest_is_dropped(
-    name: str, scale: str, monkeypatch: pytest.MonkeyPatch
+    running: tuple[Experiment, DictConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(config, "options", lambda group: Everything())
-    experiment = load(name, scale)
-    jobs = runs(experiment, cli.jobs_of(composed(f"experiments={name}", f"scale={scale}")))
+    experiment, configuration = running
+    jobs = runs(experiment, cli.jobs_of(copy.deepcopy(configuration)))
     assert len(jobs) == len(set(jobs))
     assert {tuple((k, v) for k, v in job if k in _named(experiment, job)) for job in jobs} == wanted(experiment)
 
@@ -88,15 +95,14 @@ def _named(experiment: Experiment, job: Sequence[tuple[str, str]]) -> set[str]:
     return {*row.run, "seed"}
 
 
-@pytest.mark.parametrize(("name", "scale"), RUNNING)
-def test_what_is_available_can_be_run_and_nothing_else_is(name: str, scale: str) -> None:
-    experiment = load(name, scale)
+def test_what_is_available_can_be_run_and_nothing_else_is(running: tuple[Experiment, DictConfig]) -> None:
+    experiment, configuration = running
     able = wanted(experiment, available=True)
     if not able:
         with pytest.raises(EdadmError, match="not available yet: "):
-            cli.jobs_of(composed(f"experiments={name}", f"scale={scale}"))
+            cli.jobs_of(copy.deepcopy(configuration))
         return
-    assert len(cli.jobs_of(composed(f"experiments={name}", f"scale={scale}"))) == len(able)
+    assert len(cli.jobs_of(copy.deepcopy(configuration))) == len(able)
 
 
 @pytest.mark.parametrize("name", names())
