@@ -94,7 +94,7 @@ class Settings:
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
     """Compose ``conf/config.yaml`` with command-line words, inside a Hydra job or outside of one."""
-    return copy.deepcopy(_compose(tuple(overrides)))
+    return copy.deepcopy(_compose(CONF, tuple(overrides)))
 
 
 def offer_experiments() -> None:
@@ -117,13 +117,13 @@ def _offer(folder: Path) -> None:
 
 
 @lru_cache(maxsize=64)
-def _compose(overrides: tuple[str, ...]) -> DictConfig:
+def _compose(conf: Path, overrides: tuple[str, ...]) -> DictConfig:
     import hydra
 
     offer_experiments()
     if _is_in_our_job():
         return hydra.compose("config", list(overrides))
-    with _without_other_job(), hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    with _without_other_job(), hydra.initialize_config_dir(str(conf), version_base="1.3"):
         return hydra.compose("config", list(overrides))
 
 
@@ -221,7 +221,7 @@ def with_task_of_pair(config: DictConfig, overrides: Sequence[str]) -> DictConfi
     named = {word.lstrip("+").split("=", 1)[0] for word in overrides}
     if "task" in named or not named & {"model", "dataset"}:
         return config
-    pairs = {name: _pair_of(name) for name in options("task")}
+    pairs = {name: _pair_of(CONF, name) for name in options("task")}
     asked = (config.model.name, config.dataset.name)
     found = [name for name, pair in pairs.items() if pair == asked]
     if not found:  # what was not named is the default task's and may give way
@@ -239,10 +239,10 @@ def with_task_of_pair(config: DictConfig, overrides: Sequence[str]) -> DictConfi
 
 
 @lru_cache
-def _pair_of(task: str) -> tuple[str, str]:
+def _pair_of(conf: Path, task: str) -> tuple[str, str]:
     """Return the names of a task's model and dataset: those its file chooses, else those of ``conf/config.yaml``."""
     chosen: dict[str, str] = {}
-    for path in (CONF / "config.yaml", CONF / "task" / f"{task}.yaml"):
+    for path in (conf / "config.yaml", conf / "task" / f"{task}.yaml"):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         for entry in content.get("defaults", []):
             if isinstance(entry, dict):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import shutil
 from pathlib import Path
 
 import hydra
@@ -255,6 +257,23 @@ def test_another_sampler_of_the_images_leaves_the_calibration_as_it_is() -> None
 def test_a_pair_without_a_task_is_skipped_and_lists_the_pairs() -> None:
     with pytest.raises(config.Skipped, match=r"dataset=imagenet.*dataset=cifar10"):
         settings("model=cifar10_tiny", "dataset=imagenet")
+
+
+def test_another_folder_of_configurations_is_not_mistaken_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("method=rtn",)
+    ours = config.compose(words).seed
+    shutil.copytree(config.CONF, tmp_path / "conf")
+    file = tmp_path / "conf" / "config.yaml"
+    file.write_text(re.sub(r"^seed: .*$", f"seed: {ours + 7}", file.read_text(encoding="utf-8"), flags=re.M))
+    pair = tmp_path / "conf" / "task" / "pair.yaml"
+    pair.write_text("# @package _global_\ndefaults:\n  - override /model: one\n  - override /dataset: two\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "CONF", tmp_path / "conf")
+        assert config.compose(words).seed == ours + 7
+        assert config._pair_of(config.CONF, "pair") == ("one", "two")
+    assert config.compose(words).seed == ours
 
 
 def test_another_application_of_hydra_keeps_its_configuration(tmp_path: Path) -> None:

@@ -63,15 +63,22 @@ def example(path: str) -> str:
     return found[1]
 
 
-@pytest.fixture
-def readme_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A configuration and a package of baselines that hold the README's method besides ours."""
-    conf = shutil.copytree(config.CONF, tmp_path / "conf")
-    (tmp_path / "low_noise.py").write_text(example("baselines/low_noise.py"), encoding="utf-8")
+@pytest.fixture(scope="module")
+def readme_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with our configuration and the README's method: one, so that what is composed of it is composed once."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(config.CONF, folder / "conf")
+    (folder / "low_noise.py").write_text(example("baselines/low_noise.py"), encoding="utf-8")
     for name in ("conf/calibration/low_noise.yaml", "conf/method/low_noise.yaml"):
-        (tmp_path / name).write_text(example(name), encoding="utf-8")
-    monkeypatch.setattr(config, "CONF", conf)
-    monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(tmp_path)])
+        (folder / name).write_text(example(name), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def readme_method(readme_files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A configuration and a package of baselines that hold the README's method besides ours."""
+    monkeypatch.setattr(config, "CONF", readme_files / "conf")
+    monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(readme_files)])
     yield
     sys.modules.pop("baselines.low_noise", None)
 
