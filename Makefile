@@ -43,9 +43,9 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install -q -e .
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+$(VENV)/.installed-test: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install -q -e '.[test]'
-	touch $@
+	touch $(VENV)/.installed $@
 
 $(FLOORS)/.installed: pyproject.toml tests/floors.py
 	$(PYTHON) -m venv $(FLOORS)
