@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # runs with two threads beside another worker: do not spin
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's, read when it is imported: beside another worker they spin
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
