@@ -1,12 +1,19 @@
-"""The command line as typed. Each call imports torch anew, so there are few."""
+"""The command line as typed.
+
+A process of its own imports torch anew for many seconds: `call` is for what only one shows, `here` for the rest.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,8 +45,52 @@ def call(cache: Path, *line: str) -> tuple[int, str, str]:
     return process.returncode, out, error
 
 
-def test_help_shows_groups_parts_and_examples(tmp_path: Path) -> None:
-    code, out, _ = call(tmp_path / "cache", "--help")
+@contextmanager
+def logging_as_before() -> Iterator[None]:
+    """Undo what Hydra configures: its handlers write to streams that capsys closes, and its levels hide messages."""
+
+    def loggers() -> list[logging.Logger]:
+        return [item for item in logging.root.manager.loggerDict.values() if isinstance(item, logging.Logger)]
+
+    handlers, levels = logging.root.handlers[:], {logger: logger.level for logger in [logging.root, *loggers()]}
+    try:
+        yield
+    finally:
+        for handler in logging.root.handlers:
+            if handler not in handlers:
+                handler.close()
+        logging.root.handlers[:] = handlers
+        for logger in [logging.root, *loggers()]:
+            logger.setLevel(levels.get(logger, logging.NOTSET))
+
+
+Here = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """`call` in this process."""
+
+    def run(cache: Path, *line: str) -> tuple[int, str, str]:
+        code = 0
+        capsys.readouterr()
+        with logging_as_before(), monkeypatch.context() as patch:
+            patch.setenv("EDADM_CACHE", str(cache))
+            patch.setenv("EDADM_ROOT", str(ROOT))
+            patch.chdir(cache.parent)
+            patch.setattr(sys, "argv", [str(ROOT / "run.py"), *line])
+            try:
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            except SystemExit as end:
+                assert isinstance(end.code, int), end.code
+                code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_help_shows_groups_parts_and_examples(tmp_path: Path, here: Here) -> None:
+    code, out, _ = here(tmp_path / "cache", "--help")
     assert code == 0
     for text in (
         "python run.py -m method=edadm,qdiffusion",
@@ -50,8 +101,8 @@ def test_help_shows_groups_parts_and_examples(tmp_path: Path) -> None:
         assert text in out
 
 
-def test_the_configuration_is_shown_resolved(tmp_path: Path) -> None:
-    code, out, _ = call(tmp_path / "cache", "--cfg", "job", "--resolve", "method=qdiffusion")
+def test_the_configuration_is_shown_resolved(tmp_path: Path, here: Here) -> None:
+    code, out, _ = here(tmp_path / "cache", "--cfg", "job", "--resolve", "method=qdiffusion")
     assert code == 0
     assert "iterations_weight: 160" in out
 
@@ -59,8 +110,8 @@ def test_the_configuration_is_shown_resolved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "choice"), [("method=nope", "qdiffusion"), ("bits=w9a9", "w4a8"), ("task=nope", "cifar10")]
 )
-def test_an_unknown_name_lists_the_choices(tmp_path: Path, word: str, choice: str) -> None:
-    code, _, error = call(tmp_path / "cache", word)
+def test_an_unknown_name_lists_the_choices(tmp_path: Path, here: Here, word: str, choice: str) -> None:
+    code, _, error = here(tmp_path / "cache", word)
     assert code != 0
     assert choice in error and "Traceback" not in error
 
@@ -72,9 +123,9 @@ def test_an_impossible_value_is_a_message_and_exit_code_2(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_after_a_failed_job_and_prints_its_table(tmp_path: Path, model: Path) -> None:
+def test_a_sweep_goes_on_after_a_failed_job_and_prints_its_table(tmp_path: Path, model: Path, here: Here) -> None:
     line = words(model, tmp_path / "results", "method=rtn,qdiffusion", "bits.weight=4,9")
-    code, out, error = call(tmp_path / "cache", "-m", *line)
+    code, out, error = here(tmp_path / "cache", "-m", *line)
     assert code == 1
     rows = [row.split()[1] for row in out.splitlines() if row.startswith("|")]
     assert rows[2:] == ["FP", "qdiffusion", "rtn"]
@@ -85,11 +136,13 @@ def test_a_sweep_goes_on_after_a_failed_job_and_prints_its_table(tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_by_the_system_ends_with_the_numbers_of_an_undisturbed_one(tmp_path: Path, model: Path) -> None:
+def test_a_sweep_killed_by_the_system_ends_with_the_numbers_of_an_undisturbed_one(
+    tmp_path: Path, model: Path, here: Here
+) -> None:
     def line(results: str) -> list[str]:
-        return ["-m", *words(model, tmp_path / results, "method=rtn,edadm", "profile.iterations=30")]
+        return ["-m", *words(model, tmp_path / results, "method=rtn,edadm", "profile.iterations=10")]
 
-    assert call(tmp_path / "whole", *line("undisturbed"))[0] == 0
+    assert here(tmp_path / "whole", *line("undisturbed"))[0] == 0
     process = start(tmp_path / "killed", *line("killed_results"))
     while (
         len(list((tmp_path / "killed" / "quantized").glob("*.partial/scratch/units/[!.]*"))) < 4

@@ -1,4 +1,4 @@
-"""Experiments as typed. Each call imports torch anew, so there are few."""
+"""Experiments as typed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 
 from edadm import records, results
 from tests.e2e.toy_task import words
-from tests.test_run import call, model
+from tests.test_run import Here, here, model
 
-__all__ = ["model"]
+__all__ = ["here", "model"]
 
 
-def test_an_axis_narrowed_to_no_row_runs_nothing(tmp_path: Path) -> None:
+def test_an_axis_narrowed_to_no_row_runs_nothing(tmp_path: Path, here: Here) -> None:
     line = ["experiments=table6_ablation", "calibration=normal", f"results={tmp_path / 'results'}"]
-    code, _, error = call(tmp_path / "cache", *line)
+    code, _, error = here(tmp_path / "cache", *line)
     assert code == 2
     assert "no row of table6_ablation at scale=tiny asks for calibration=normal" in error and "Traceback" not in error
     assert not (tmp_path / "results").exists()
@@ -23,11 +23,11 @@ def test_an_axis_narrowed_to_no_row_runs_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_experiment_drops_what_no_row_asks_for_and_finds_what_is_there(
-    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], here: Here
 ) -> None:
     axes = ["experiments=table1_cifar10", "method=rtn,adaround", "bits=w4a4", "seed=0"]
     line = [*axes, *words(model, tmp_path / "first")[1:]]  # the task is an axis of the experiment
-    code, out, error = call(tmp_path / "cache", "-m", *line)
+    code, out, error = here(tmp_path / "cache", "-m", *line)
     assert code == 0, error
     assert "adaround" not in out + error  # Table I has it at W4A8 only
     assert "Beside the paper: python -m edadm.report table1_cifar10" in out
@@ -39,7 +39,7 @@ def test_an_experiment_drops_what_no_row_asks_for_and_finds_what_is_there(
 
     again = [word for word in line if not word.startswith("results=")]
     again += [f"results={tmp_path / 'second'}", f"reference={tmp_path / 'first'}"]
-    code, out, error = call(tmp_path / "other_cache", "-m", *again)
+    code, out, error = here(tmp_path / "other_cache", "-m", *again)
     assert code == 0, error
     assert f"{run.hash}.json is there, nothing is computed" in error
     assert not list((tmp_path / "second").glob("cifar10_tiny/*.json"))
