@@ -17,6 +17,7 @@ from edadm.reconstruction.passes import PausedPasses
 from edadm.reconstruction.random import seeded
 from edadm.reconstruction.reconstruct import RANGES, reconstruct
 from edadm.reconstruction.settings import Joint, TwoPhase
+from tests.reconstruction.conftest import build_network
 
 JOINT = Joint(3, lr_weight=0.1, lr_act=1e-3, batch=4)
 TWO_PHASE = TwoPhase(3, 3, lr_weight=0.1, batch=4)
@@ -233,6 +234,22 @@ def test_hooks_and_training_end_when_a_caller_fails(make_network, rows):
 def test_float_activations_need_no_ranges(make_network, rows):
     _, reports = run(make_network(Bits(4, 32), ranges=False), rows, JOINT, limit=3)
     assert all(report.iterations == 3 for report in reports)
+
+
+def storages(network):
+    return {tensor.untyped_storage().data_ptr() for tensor in network.state_dict().values() if tensor.numel()}
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_network_of_these_tests_is_one_that_is_built_anew(make_network, rows, ranges):
+    other = make_network(ranges=ranges)
+    copied, built = make_network(ranges=ranges), build_network(Bits(4, 8), ranges)
+    assert not storages(copied) & storages(other)
+    assert_equal(state(copied), state(built))
+    assert [str(site) for site in copied.sites()] == [str(site) for site in built.sites()]
+    for network in (copied, built):
+        network.set_state(weights=True, activations=ranges)
+    assert torch.equal(copied(*rows)[0], built(*rows)[0])
 
 
 def test_bad_input_is_named(make_network, rows):
