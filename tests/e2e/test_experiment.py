@@ -140,7 +140,7 @@ def test_an_optimization_that_is_not_used_does_not_change_the_hash(toy: Toy) -> 
     [
         ("threads=2", "trajectories"), ("chunk=2", "images"), ("sampler.steps=5", "trajectories"),
         ("calibration=random", "calibration"), ("bits=w8a8", "quantized"), ("preset=paper", "quantized"),
-        ("reconstruction=block", "quantized"), ("profile.range_batches=2", "quantized"), ("precision=bf16", "images"),
+        ("reconstruction=block", "quantized"), ("profile.range_batches=3", "quantized"), ("precision=bf16", "images"),
         ("n_images=5", "images"), ("evaluation_seed=7", "images"), ("metrics.bootstrap=10", "metrics"),
     ],
 )  # fmt: skip

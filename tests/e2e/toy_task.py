@@ -8,8 +8,8 @@ from edadm import config, experiment
 from edadm.keys import Run
 
 SMALL = (
-    "task=cifar10_tiny", "profile=demo", "profile.rows=8", "profile.batch=4", "profile.iterations=3", "sampler.steps=4",
-    "n_images=6", "chunk=4", "metrics.names=[sqnr,psnr,ssim]", "metrics.sqnr_rows=4", "threads=1", "device=cpu",
+    "task=cifar10_tiny", "profile=demo", "profile.rows=8", "profile.batch=4", "profile.iterations=3", "profile.range_batches=2",
+    "sampler.steps=4", "n_images=6", "chunk=4", "metrics.names=[sqnr,psnr,ssim]", "metrics.sqnr_rows=4", "threads=1", "device=cpu",
 )  # fmt: skip
 
 
