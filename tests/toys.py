@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def tiny_unet(seed: int = 0):
@@ -192,3 +195,23 @@ DENOISERS = {
         flux_transformer, {"hidden_states": (6, 4), "pooled_projections": (5,), "guidance": (), **TEXT, **IDS}, times=1
     ),
 }
+
+
+class CountLarge(TorchDispatchMode):
+    """Counts the tensors of at least so many numbers that operations make; views are none."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers, self.count = numbers, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given = {id_of(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        made = (tensor for tensor in tree_leaves(output) if isinstance(tensor, torch.Tensor))
+        self.count += sum(tensor.numel() >= self.numbers and id_of(tensor) not in given for tensor in made)
+        return output
+
+
+def id_of(tensor: torch.Tensor) -> int:
+    """Return what tensors that share their numbers have in common."""
+    return tensor.untyped_storage().data_ptr()

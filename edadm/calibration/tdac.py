@@ -60,7 +60,7 @@ class TDAC:
         features = trajectories.features
         if features is None:
             raise EdadmError("TDAC needs features: collect the trajectories with a feature_module")
-        if not torch.isfinite(features).all():
+        if not all(torch.isfinite(step).all() for step in features):  # of all at once it makes copies of their size
             raise EdadmError("TDAC: the features hold NaN or Inf; sample the trajectories again in float32")
         near, r = density(features, self.threshold)
         apart = variety(features)

@@ -107,28 +107,53 @@ def collect(
     if n < 1 or batch < 1:
         raise ValueError(f"cannot sample {n} trajectories in batches of {batch}")
     visited = step_times(sampler)
-    x = torch.empty(len(visited), n, *shape)
-    features: list[Tensor] = []
+    kept = with_features(n, batch, feature_batches)
+    made = _Made(torch.empty(len(visited), n, *shape), kept, batch)
     for start in range(0, n, batch):
-        stop = min(start + batch, n)
-        wanted = feature_batches is None or start < feature_batches * batch
         numbers = range(start, start + batch)
         bound = denoise_for(denoise, guidance, CALIBRATION, seed, numbers, device)
-        with _captured(denoise, feature_module if wanted else None) as feature:
-            inputs, seen = _follow(bound, sampler, numbers, shape, seed, device, feature)
-        x[:, start:stop] = torch.stack(inputs)[:, : stop - start]
-        if seen:
-            rows = torch.stack(seen).unflatten(1, (-1, batch))
-            features.append(rows[:, :, : stop - start].flatten(1, 2))
+        with _captured(denoise, feature_module if start < kept else None) as feature:
+            _follow(bound, sampler, numbers, shape, seed, device, feature, made)
         if progress is not None:
-            progress(stop, n)
+            progress(min(start + batch, n), n)
     return Trajectories(
-        x,
+        made.x,
         visited,
-        torch.cat(features, dim=1) if features else None,
+        made.features,
         None if guidance is None else guidance.conditions.rows(CALIBRATION, seed, range(n)),
         None if guidance is None else guidance.null,
     )
+
+
+def with_features(n: int, batch: int, feature_batches: int | None) -> int:
+    """Return of how many of the first n trajectories `collect` keeps features."""
+    return n if feature_batches is None else min(n, feature_batches * batch)
+
+
+@dataclass
+class _Made:
+    """Where every input and feature is written as it comes, so that none is held twice.
+
+    x: of all trajectories. kept: number of trajectories with features. features: made as the first one shows its shape.
+    """
+
+    x: Tensor
+    kept: int
+    batch: int
+    features: Tensor | None = None
+
+    def write_input(self, step: int, start: int, x: Tensor) -> None:
+        """Keep the input of one batch, whose first trajectory is ``start``, without the rows that fill it up."""
+        rows = self.x[step, start : start + self.batch]
+        rows.copy_(x[: len(rows)])
+
+    def write_feature(self, step: int, start: int, feature: Tensor) -> None:
+        """Keep the feature of one batch, which has two rows a trajectory under guidance."""
+        copies, count = len(feature) // self.batch, min(self.batch, self.kept - start)
+        if self.features is None:
+            self.features = torch.empty(len(self.x), copies * self.kept, *feature.shape[1:])
+        rows = feature.unflatten(0, (-1, self.batch))[:, :count].flatten(0, 1)
+        self.features[step, copies * start : copies * (start + count)] = rows
 
 
 def step_times(sampler: DiffusionSampler) -> Tensor:
@@ -148,21 +173,19 @@ def _follow(
     seed: int,
     device: torch.device | str,
     feature: Callable[[], Tensor] | None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the network input and the feature (none without a source of it) of every step."""
-    inputs: list[Tensor] = []
-    features: list[Tensor] = []
+    made: _Made,
+) -> None:
+    """Sample one batch and keep the network input and the feature (none without a source of it) of every step."""
+    steps = sampler.step_of_call
 
     def record(k: int, t: float, x: Tensor, eps: Tensor) -> None:
-        step = sampler.step_of_call[k]
-        if step == len(inputs):
-            inputs.append(x.cpu())
+        if steps[k] not in steps[:k]:
+            made.write_input(steps[k], numbers[0], x)
         if feature is not None:
-            features[step:] = [feature()]
+            made.write_feature(steps[k], numbers[0], feature())
 
     start = noise(CALIBRATION, seed, numbers, shape).to(device)
     sampler.run(denoise, start, sampler_noise(CALIBRATION, seed, numbers, shape, device), observe=record)
-    return inputs, features
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from edadm.calibration.tdac import TDAC, density, shares, variety
 from edadm.calibration.trajectories import Trajectories
 from edadm.errors import EdadmError
 from edadm.sampling.noise import SELECTION, numpy_rng
+from tests.toys import CountLarge
 
 
 def official_scores(features: torch.Tensor, r: float) -> tuple[list[int], torch.Tensor]:
@@ -134,3 +135,11 @@ def test_features_are_needed_and_must_be_finite(trajectories):
 def test_negative_settings_are_errors(settings):
     with pytest.raises(EdadmError, match="must not be negative"):
         TDAC(**settings)
+
+
+def test_no_copy_of_all_features_is_made():
+    features = torch.randn(6, 3, 4096, 2)
+    made = Trajectories(torch.zeros(6, 3, 1), torch.arange(6).flip(0), features)
+    with CountLarge(features.numel()) as large:
+        TDAC().select(made, 3, numpy_rng(SELECTION, 0))
+    assert large.count == 0

@@ -11,6 +11,7 @@ from edadm.sampling.guidance import ClassConditions, Guidance
 from edadm.sampling.latent import PLMS
 from edadm.sampling.multistep import DPMSolver
 from edadm.sampling.noise import CALIBRATION, EVALUATION, noise
+from tests.toys import CountLarge
 
 SHAPE = (3, 4, 4)
 SAMPLER = Sampler("quad", 3, eta=0.5)
@@ -174,6 +175,36 @@ def test_a_guided_trajectory_has_its_condition_and_two_features(n):
         for k, t in enumerate(SAMPLER.timesteps):
             assert torch.equal(seen[0][k], Middle()(x[k], torch.full((x.shape[1],), t + 10))[0])
             assert torch.equal(seen[1][k], Middle()(x[k], t + labels[rows])[0])
+
+
+@pytest.mark.parametrize("feature_batches", [None, 1])
+@pytest.mark.parametrize("n", [3, 6, 8])
+def test_what_is_kept_is_what_the_network_saw_one_step_after_the_other(n, feature_batches, tmp_path):
+    network, given, seen = Conditional(), [], []
+
+    def watch(_, args, output):
+        given.append(args[0])
+        seen.append(output[0])
+
+    network.middle.register_forward_hook(watch)
+    guidance = Guidance(ClassConditions(10, 10), 3.0)
+    settings = {"shape": SHAPE, "seed": 0, "batch": 4, "feature_module": "middle", "feature_batches": feature_batches}
+    made = collect(network, SAMPLER, n, guidance=guidance, **settings)
+    steps = [slice(3 * number, 3 * number + 3) for number in range(-(-n // 4))]
+    x = torch.cat([torch.stack(given[part])[:, :4] for part in steps], dim=1)[:, :n].contiguous()
+    features = [
+        torch.stack(seen[part]).unflatten(1, (2, 4))[:, :, : n - 4 * number].flatten(1, 2)
+        for number, part in enumerate(steps[:feature_batches])
+    ]
+    expected = Trajectories(x, made.timesteps, torch.cat(features, dim=1), made.condition, made.null)
+    files = (one.save(tmp_path / f"{number}.safetensors") for number, one in enumerate((made, expected)))
+    assert next(files).read_bytes() == next(files).read_bytes()
+
+
+def test_nothing_that_is_kept_is_held_twice():
+    with CountLarge(3 * 8 * 3 * 4 * 4) as large:  # numbers of x
+        made = collected(8, feature_batches=2)
+    assert large.count == 2 and made.features.numel() > made.x.numel()  # x and features, empty
 
 
 def test_a_guided_trajectory_does_not_depend_on_how_many_there_are():
