@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edadm.errors import EdadmError
+
 FP_BITS = 32
 SCALE_BYTES = 4  # a float32 step
 ZERO_POINT_BYTES = 1
@@ -116,6 +118,24 @@ def measure(network: nn.Module, *inputs: Any, **named_inputs: Any) -> list[Layer
         stack.enter_context(counter)
         network(*inputs, **named_inputs)
     return list(counter.layers.values())
+
+
+def output_numbers(module: nn.Module, forward: Callable[[], object]) -> int:
+    """Return how many numbers one row of a module's output has in a forward pass. Raises EdadmError unless it runs."""
+    seen: list[torch.Tensor] = []
+
+    def note(module: nn.Module, args: object, output: Any) -> None:
+        seen[:] = [output if isinstance(output, torch.Tensor) else output[0]]
+
+    handle = module.register_forward_hook(note)
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        handle.remove()
+    if not seen:
+        raise EdadmError("the module of the TDAC feature was not run by the network call: name another one")
+    return seen[0][0].numel()
 
 
 class _Counter(TorchDispatchMode):

@@ -95,7 +95,8 @@ def _seconds(run: Run, network: Callable[..., torch.Tensor], rows: int, passes: 
 def announcement(run: Run, baseline: Run | None) -> str:
     """Return what a run is about to cost, the full-precision row included if it is not there yet.
 
-    One line on time and, where something is reconstructed, one on memory. Raises EdadmError when that cannot fit.
+    A line on time and one each on the memory of trajectories and of the reconstruction, where they are still to do.
+    Raises EdadmError when that cannot fit.
     """
     missing = stage_seconds(run, 1.0)
     if baseline is not None:
@@ -109,9 +110,11 @@ def announcement(run: Run, baseline: Run | None) -> str:
     images = f"{settings['n_images']} images{_repeated_prompts(run)}"
     what = f"{settings['profile.rows']} rows, {images}, {len(run.sampler.timesteps)} steps"
     text = f"{settings.label} on {run.device}: {what}; about {duration(sum(missing.values()) * rate)} ({parts})"
-    if run.optimizer is None or "quantized" not in missing:
-        return text
-    return f"{text}\n{memory.line(run, memory.need_of_denoiser(run, denoiser))}"
+    if "trajectories" in missing:
+        text += f"\n{memory.trajectories_line(run, denoiser)}"
+    if run.optimizer is not None and "quantized" in missing:
+        text += f"\n{memory.line(run, memory.need_of_denoiser(run, denoiser))}"
+    return text
 
 
 def _repeated_prompts(run: Run) -> str:

@@ -1,22 +1,28 @@
-"""Whether the reconstruction of a run fits into memory, and where its cached tensors should lie."""
+"""Whether trajectories and reconstruction of a run fit into memory, and where its cached tensors should lie."""
 
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
+from edadm.calibration.rows import CalibrationSet
+from edadm.calibration.trajectories import step_times, submodule, with_features
+from edadm.cost import output_numbers
 from edadm.errors import EdadmError
 from edadm.keys import ROWS_PER_PASS, Run
 from edadm.quant.network import QuantModel
 from edadm.reconstruction.cache import PLACES
-from edadm.reconstruction.memory import Need, Plan, measure, need_at
-from edadm.sampling.noise import EVALUATION
+from edadm.reconstruction.memory import FLOAT, Need, Plan, measure, need_at
+from edadm.sampling.noise import CALIBRATION
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +30,81 @@ AUTO = "auto"  # reconstruction.cache: the first place that fits
 _NAMES = {"device": "GPU memory", "host": "host memory", "disk": "disk space"}
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What a network is calibrated on. inputs, names: as `edadm.reconstruction.reconstruct` takes them, some rows.
+
+    rows: of the network, guidance included. copies: of them for each calibration row, two under guidance.
+    """
+
+    inputs: tuple[torch.Tensor, ...]
+    names: tuple[str, ...]
+    rows: int
+    copies: int
+
+
+def calibration_sample(run: Run) -> Sample:
+    """Return a sample of the calibration rows of a run: of the user's file, else of what it will sample."""
+    if run.calibration_file:
+        stored, _ = CalibrationSet.load(run.calibration_file)
+        x, timestep, condition = stored.inputs()
+        return Sample(
+            (x, timestep, *condition.values()), ("timestep", *condition), len(x), 1 if stored.null is None else 2
+        )
+    guidance = run.calibration_guidance
+    given = {} if guidance is None else guidance.conditions.rows(CALIBRATION, run.settings["seed"], [0])
+    copies = 2 if guidance is not None and guidance.guides else 1
+    inputs = (torch.empty(1, *run.task.sample_shape), torch.empty(1), *given.values())
+    return Sample(inputs, ("timestep", *given), copies * run.settings["profile.rows"], copies)
+
+
+def trajectory_bytes(run: Run, numbers: int, copies: int) -> tuple[int, int]:
+    """Return the bytes of the inputs and of the features that the full-precision trajectories of a run hold.
+
+    numbers: of one row of the feature. copies: rows of the network for each trajectory.
+    """
+    steps, n = len(step_times(run.calibration_sampler)), run.settings["profile.rows"]
+    kept = with_features(n, run.settings["chunk"], run.feature_batches)
+    return FLOAT * steps * n * math.prod(run.task.sample_shape), FLOAT * steps * copies * kept * numbers
+
+
+def trajectories_line(run: Run, denoiser: nn.Module) -> str:
+    """Return what the full-precision trajectories of a run take, as text.
+
+    They lie in host memory as they are sampled, and behind that on disk. Raises EdadmError when they fit into neither.
+    """
+    inputs, features = trajectory_bytes(run, _feature_numbers(run, denoiser), calibration_sample(run).copies)
+    free, names = free_bytes(run), _NAMES if run.device.startswith("cuda") else _NAMES | {"host": "memory"}
+    for what in ("host", "disk"):
+        if inputs + features > free[what]:
+            raise EdadmError(
+                f"sampling the trajectories needs at least {_gib(inputs + features)} more {names[what]}, "
+                f"{_gib(free[what])} are free: choose fewer rows (profile.rows), or a smaller chunk where features "
+                "are of its first ones only" + (", or a larger disk (EDADM_CACHE)" if what == "disk" else "")
+            )
+    return (
+        f"trajectories: {_gib(inputs)} of inputs and {_gib(features)} of features ({run.feature}), in "
+        f"{names['host']} and on disk"
+    )
+
+
+def _feature_numbers(run: Run, denoiser: nn.Module) -> int:
+    """Return how many numbers a row of the TDAC feature has; nothing is computed and no weight is read."""
+    sample = calibration_sample(run)
+    own = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in (*denoiser.named_parameters(), *denoiser.named_buffers())
+    }
+    x, *others = [torch.empty(1, *part.shape[1:], dtype=part.dtype, device="meta") for part in sample.inputs]
+    named = dict(zip(sample.names, others, strict=True))
+    return output_numbers(submodule(denoiser, run.feature), lambda: functional_call(denoiser, own, (x,), named))
+
+
 def need_of_denoiser(run: Run, denoiser: nn.Module) -> Need:
     """Return the memory that the reconstruction of a denoiser needs. The denoiser is wrapped: it serves no one else."""
-    condition: Mapping[str, torch.Tensor] = {}
-    if run.guidance is not None:
-        condition = run.guidance.conditions.rows(EVALUATION, run.settings["evaluation_seed"], [0])
+    sample = calibration_sample(run)
     network = QuantModel.wrap(denoiser, run.bits, run.plan)
-    sample = (torch.empty(1, *run.task.sample_shape), torch.empty(1), *condition.values())
-    copies = 2 if run.calibration_guidance is not None and run.calibration_guidance.guides else 1
-    rows = copies * run.settings["profile.rows"]
-    return need_of_network(run, network, sample, ("timestep", *condition), rows)
+    return need_of_network(run, network, sample.inputs, sample.names, sample.rows)
 
 
 def need_of_network(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from edadm import memory
 from edadm.config import Settings
 from edadm.errors import EdadmError
 from edadm.estimate import seconds_per_row, stage_passes
@@ -30,6 +31,11 @@ from edadm.tasks.checkpoint_file import require_whole
 
 COPIES = 3  # of the denoiser in memory while it is reconstructed: float weights, quantized ones, what is learned
 WORKING_MEMORY = 4e9  # bytes of activations beside it, for the tasks of the paper
+# Of a row of TDAC's feature for each position of a sample; conf/model has none, as it would tell records apart.
+FEATURE_NUMBERS = {
+    "cifar10_tiny": 3, "cifar10_ldm_tiny": 16, "cifar10_dit_tiny": 36, "cifar10_t2i_tiny": 12, "ddim_cifar10": 4,
+    "ldm4_bedroom": 14, "ldm4_imagenet": 15, "ldm8_church": 3, "sd14": 20, "dit_xl_2": 288,
+}  # fmt: skip
 EFFICIENCY = 0.35  # of a network against a plain matrix product on the same device
 
 
@@ -92,6 +98,8 @@ def needs_of(run: Run) -> Iterator[Need]:
     yield from needs_of_metrics(run, has_prompts)
     if _size(run) is not None:
         yield _memory(run)
+    if _collects(run):
+        yield _trajectories(run)
     yield _disk(run)
 
 
@@ -187,6 +195,35 @@ def _memory(run: Run) -> Need:
     )
 
 
+def _collects(run: Run) -> bool:
+    """Say whether the calibration rows of a run are chosen from trajectories."""
+    return run.has_network and not (run.loaded or run.calibration_file)
+
+
+def _trajectories(run: Run) -> Need:
+    inputs, features = trajectory_bytes(run)
+    needed, free = inputs + features, memory.free_bytes(run)["host"]
+    there = "" if math.isinf(free) else f"{free / 1e9:.0f} GB free, "
+    what = f"{there}about {needed / 1e9:.1f} GB needed for trajectories, {features / 1e9:.1f} of it features"
+    remedy = "" if needed < free else "choose fewer rows (profile.rows) or a smaller chunk"
+    return Need("host memory", HERE if needed < free else MISSING, what, remedy)
+
+
+def trajectory_bytes(run: Run) -> tuple[int, int]:
+    """Return about how many bytes the inputs and the features of the trajectories of a run take; no weights are read.
+
+    A feature that the configuration of the model does not name counts nothing: its size shows as the run starts.
+    """
+    model, own, (_, *size) = run.settings["model"], run.task.own, run.task.sample_shape
+    if own is not None:
+        numbers = own.feature_numbers(run.feature)
+    elif run.feature in model["features"].values():
+        numbers = FEATURE_NUMBERS.get(model["name"], 0) * math.prod(size)
+    else:
+        numbers = 0
+    return memory.trajectory_bytes(run, numbers, 2 if _guides(run, run.calibration_sampling) else 1)
+
+
 def _disk(run: Run) -> Need:
     needed, root = disk_bytes(run), cache_root()
     there = next(place for place in (root, *root.parents) if place.exists())
@@ -197,12 +234,12 @@ def _disk(run: Run) -> Need:
 
 
 def disk_bytes(run: Run) -> float:
-    """Return about how many bytes a run writes: trajectories, the images of both networks, the quantized network."""
+    """Return about how many bytes a run writes: trajectories and rows, images of both networks, quantized network."""
     settings, shape = run.settings, run.task.sample_shape
     side = 1 if run.task.decoder is None else getattr(run.task.decoder, "side", 8 if shape[0] == 4 else 4)
     image = 3 * shape[1] * shape[2] * side**2
-    rows = settings["profile.rows"]
-    trajectories = 4 * rows * (len(run.calibration_sampler.timesteps) + 1) * math.prod(shape)
+    rows = 4 * settings["profile.rows"] * math.prod(shape)
+    trajectories = sum(trajectory_bytes(run)) + rows if _collects(run) else 0
     size = _size(run)
     network = 0.0 if size is None else 4 * size[0]
     return 3 * settings["n_images"] * image + trajectories + network
@@ -215,16 +252,17 @@ def time_lines(run: Run) -> list[str]:
     if macs is None:  # an embedded model: it is here, and quick
         seconds = seconds_per_row(run)
     else:
-        seconds = (2 if _guides(run) else 1) * float(macs) / (EFFICIENCY * _products_per_second(run.device))
+        copies = 2 if _guides(run, run.settings["sampler"]) else 1
+        seconds = copies * float(macs) / (EFFICIENCY * _products_per_second(run.device))
     lines = [f"  {stage:<12} about {duration(passes * seconds)}" for stage, passes in stage_passes(run).items()]
     return [*lines, f"  full precision adds its own images: about {duration(_images(run) * seconds)}, once"]
 
 
-def _guides(run: Run) -> bool:
+def _guides(run: Run, sampling: Mapping[str, Any]) -> bool:
     """Say whether every sample is two rows of the network."""
     own = run.task.own
     if own is None:
-        return float(run.settings["sampler.guidance_scale"]) != 1
+        return float(sampling["guidance_scale"]) != 1
     return own.guidance_scale != 1 and not own.embeds_guidance
 
 

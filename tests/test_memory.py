@@ -43,6 +43,36 @@ def test_the_announcement_names_the_largest_unit_and_the_peak(toy: Callable[...,
     assert "memory:" not in announced(toy("method=rtn"))
 
 
+# 8 trajectories of 4 steps on images of 3 x 32 x 32; the toy's middle has 16 channels of 16 x 16
+INPUTS, FEATURES = 4 * 4 * 8 * 3 * 32 * 32, 4 * 4 * 8 * 16 * 16 * 16
+
+
+def test_trajectories_are_announced_where_they_are_collected(toy: Callable[..., Run], free: dict[str, float]) -> None:
+    run = toy("method=edadm")
+    assert memory.trajectory_bytes(run, 16 * 16 * 16, 1) == (INPUTS, FEATURES)
+    said = f"{INPUTS / 2**20:.3g} MiB of inputs and {FEATURES / 2**20:.3g} MiB of features (mid_block.resnets.0)"
+    assert f"trajectories: {said}, in memory and on disk" in announced(run)
+    stages.trajectories(run)
+    assert "MiB of features" not in announced(toy("method=rtn"))
+    assert "MiB of features" not in announced(toy("method=fp"))
+
+
+@pytest.mark.parametrize(("what", "remedy"), [("host", "a smaller chunk"), ("disk", "a larger disk")])
+def test_trajectories_that_cannot_fit_are_an_error(
+    what: str, remedy: str, toy: Callable[..., Run], free: dict[str, float]
+) -> None:
+    free[what] = INPUTS + FEATURES
+    announced(toy("method=rtn"))
+    free[what] -= 1
+    with pytest.raises(EdadmError, match=f"trajectories needs at least .* are free: choose fewer rows .*{remedy}"):
+        announced(toy("method=rtn"))
+
+
+def test_features_of_the_first_batches_only_are_counted(toy: Callable[..., Run]) -> None:
+    run = toy("method=edadm", "+recipe.tdac.feature_batches=1")
+    assert memory.trajectory_bytes(run, 100, 2) == (INPUTS, 4 * 4 * 2 * 4 * 100)  # a chunk of 4, twice
+
+
 def test_the_first_place_that_fits_is_taken(toy: Callable[..., Run], free: dict[str, float]) -> None:
     run = toy("method=edadm")
     free["device"] = just_too_little(run)

@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from edadm import config, requirements
+from edadm.cost import output_numbers
+from edadm.keys import Run
 from edadm.metric_needs import FETCHED, MISSING
+from edadm.requirements import FEATURE_NUMBERS
 from edadm.tasks import weights
+from edadm.tasks.cifar10_latent import DIT_PARAMS, LDM_PARAMS, T2I_PARAMS
+from edadm.tasks.cifar10_tiny import ASSETS
+from edadm.tasks.compvis_unet import unet_config
+from edadm.tasks.ddim_checkpoint import CIFAR10
+from edadm.tasks.dit_checkpoint import DIT_XL_2_256, dit_config
+from edadm.tasks.ldm_checkpoint import LDM_MODELS
+from edadm.tasks.model_folder import empty_model
 from tests.tasks import originals
 from tests.tasks.narrow import ldm_folder
 
@@ -16,9 +28,9 @@ def settings(*words: str) -> config.Settings:
     return config.settings(config.compose(words), words)
 
 
-def run_of(*words: str) -> requirements.Run:
+def run_of(*words: str) -> Run:
     chosen = settings("device=cpu", *words)
-    return requirements.Run(chosen, requirements.task_without_download(chosen), requirements.Store(), "cpu", 1)
+    return Run(chosen, requirements.task_without_download(chosen), requirements.Store(), "cpu", 1)
 
 
 def test_a_task_without_anything_says_what_to_get_and_what_to_expect() -> None:
@@ -211,3 +223,66 @@ def test_disk_grows_with_images_and_rows() -> None:
     more_images = needed("n_images=1000") - needed("n_images=0")
     assert more_images == 3 * 1000 * 3 * 256 * 256  # a church latent of 32 x 32 decodes to 256 x 256
     assert needed("n_images=0") > 4 * 1024 * 500 * 4 * 32 * 32
+
+
+# 1024 trajectories of DiT: 250 steps of 4 x 32 x 32 latents; 64 of them, twice, with 256 tokens of 1152
+DIT_INPUTS, DIT_FEATURES = 4 * 250 * 1024 * 4 * 32 * 32, 4 * 250 * 2 * 64 * 256 * 1152
+
+
+def test_trajectories_and_their_features_are_counted() -> None:
+    assert (DIT_INPUTS, DIT_FEATURES) == (4_194_304_000, 37_748_736_000)
+    run = run_of("task=imagenet_dit", "n_images=0")
+    assert requirements.trajectory_bytes(run) == (DIT_INPUTS, DIT_FEATURES)
+    rows = 4 * 1024 * 4 * 32 * 32
+    assert requirements.disk_bytes(run) == DIT_INPUTS + DIT_FEATURES + rows + 4 * 749.8e6
+    bedroom = run_of("task=lsun_bedroom_ldm4")  # 200 steps of 3 x 64 x 64; features of 896 x 8 x 8, no guidance
+    n, chunk = (bedroom.settings[name] for name in ("profile.rows", "chunk"))
+    assert requirements.trajectory_bytes(bedroom) == (4 * 200 * n * 3 * 64 * 64, 4 * 200 * chunk * 896 * 8 * 8)
+
+
+def test_host_memory_for_trajectories_is_said_where_they_are_collected(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    free = {"device": 24e9, "host": 24e9, "disk": 1e12}
+    monkeypatch.setattr("edadm.memory.free_bytes", lambda run: free)
+    words = ["task=imagenet_dit", "device=cpu"]
+    text, complete = requirements.report(settings(*words))
+    said = "24 GB free, about 41.9 GB needed for trajectories, 37.7 of it features; choose fewer rows (profile.rows)"
+    assert f"host memory  MISSING: {said}" in text and not complete
+    free["host"] = 64e9
+    assert "host memory  here: 64 GB free, about 41.9 GB" in requirements.report(settings(*words))[0]
+    (tmp_path / "rows.safetensors").touch()
+    for word in ("method=fp", f"calibration_set={tmp_path / 'rows.safetensors'}"):
+        assert "host memory" not in requirements.report(settings(*words, word))[0]
+        assert requirements.disk_bytes(run_of(words[0], word, "n_images=0")) < DIT_INPUTS
+
+
+MODELS = {
+    "cifar10_tiny": ("UNet2DModel", json.loads((ASSETS / "cifar10_tiny" / "config.json").read_text())),
+    "cifar10_ldm_tiny": unet_config(LDM_PARAMS.unet),
+    "cifar10_dit_tiny": dit_config(DIT_PARAMS),
+    "cifar10_t2i_tiny": unet_config(T2I_PARAMS.unet),
+    "ddim_cifar10": ("UNet2DModel", CIFAR10),
+    "ldm4_bedroom": unet_config(LDM_MODELS["lsun_bedroom_ldm4"].unet),
+    "ldm4_imagenet": unet_config(LDM_MODELS["imagenet_ldm4"].unet),
+    "ldm8_church": unet_config(LDM_MODELS["lsun_church_ldm8"].unet),
+    "sd14": unet_config(LDM_MODELS["sd14"].unet),
+    "dit_xl_2": dit_config(DIT_XL_2_256),
+}
+
+
+@pytest.mark.parametrize("name", FEATURE_NUMBERS)
+def test_features_are_as_large_as_those_of_the_networks(name: str) -> None:
+    kind, values = MODELS[name]
+    model, size = empty_model(kind, values).eval().to("meta"), values["sample_size"]
+    given: dict[str, torch.Tensor] = {}
+    with torch.device("meta"):
+        if kind == "UNet2DConditionModel":
+            given["encoder_hidden_states"] = torch.zeros(1, 2, values["cross_attention_dim"])
+        if kind == "DiTTransformer2DModel":
+            given["class_labels"] = torch.zeros(1, dtype=torch.int64)
+        x, t = torch.zeros(1, values["in_channels"], size, size), torch.zeros(1, dtype=torch.int64)
+        for feature in OmegaConf.load(config.CONF / "model" / f"{name}.yaml").features.values():
+            module = model.get_submodule(feature)
+            found = output_numbers(module, lambda: model(x, timestep=t, **given))
+            assert found == FEATURE_NUMBERS[name] * size * size

@@ -208,14 +208,15 @@ def _captured(denoise: Callable[..., Any], name: str | None) -> Iterator[Callabl
             raise EdadmError(f"module {name} was not run by the network call: name another one for the TDAC feature")
         return last.pop()
 
-    handle = _submodule(denoise, name).register_forward_hook(keep)
+    handle = submodule(denoise, name).register_forward_hook(keep)
     try:
         yield read
     finally:
         handle.remove()
 
 
-def _submodule(denoise: Callable[..., Any], name: str) -> nn.Module:
+def submodule(denoise: Callable[..., Any], name: str) -> nn.Module:
+    """Return the module whose output is the TDAC feature. Raises EdadmError for an unknown name and for a function."""
     if not isinstance(denoise, nn.Module):
         raise EdadmError(f"cannot read the feature {name} of a {type(denoise).__name__}: pass the network's nn.Module")
     modules = dict(denoise.named_modules())

@@ -44,6 +44,7 @@ class Own:
     embeds_guidance: the scale is an input of the network, not a second row. takes_prompts: its conditions are texts.
     features: the modules that ``model.features`` means. adapt: makes a denoiser take a sample and rows of conditions by
     name, as all stages give them. size: parameters of the denoiser and multiply-accumulates of one row.
+    feature_numbers: of one row of the output of a module.
     """
 
     denoiser_class: str
@@ -55,6 +56,7 @@ class Own:
     features: Mapping[str, str]
     adapt: Callable[[nn.Module], nn.Module]
     size: Callable[[], tuple[int, int]]
+    feature_numbers: Callable[[str], int]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from edadm import cost
+from edadm.calibration.trajectories import submodule
 from edadm.errors import EdadmError
 from edadm.quant.network import Bits, QuantModel
 from edadm.sampling.flow import FlowEuler
@@ -155,6 +156,7 @@ def _own(parts: Parts, given: Given, shape: Shape) -> Own:
         features=dict(zip(FEATURES, call.features(parts.config), strict=True)),
         adapt=partial(adapt, class_name=name, shape=shape),
         size=cache(lambda: _size(parts, given, shape)),
+        feature_numbers=cache(lambda module: _feature_numbers(parts, given, shape, module)),
     )
 
 
@@ -194,16 +196,30 @@ def _size(parts: Parts, given: Given, shape: Shape) -> tuple[int, int]:
 
     Raises EdadmError when it does not take samples of the shape.
     """
+    model, x, named = _without_storage(parts, given, shape)
+    with torch.device("meta"), fitting(f"the {parts.denoiser} of {parts.place}", PIPELINE, shape):
+        layers = cost.measure(model, x, **named)
+    return sum(tensor.numel() for tensor in model.parameters()), sum(layer.macs for layer in layers)
+
+
+def _feature_numbers(parts: Parts, given: Given, shape: Shape, module: str) -> int:
+    """Return how many numbers a row of a module's output has. Raises EdadmError for an unknown module."""
+    model, x, named = _without_storage(parts, given, shape)
+    with torch.device("meta"):
+        return cost.output_numbers(submodule(model, module), lambda: model(x, **named))
+
+
+def _without_storage(parts: Parts, given: Given, shape: Shape) -> tuple[nn.Module, torch.Tensor, dict[str, Any]]:
+    """Return the denoiser, one row of its sample and of all else that it is called with, on the meta device."""
     model = adapt(_empty(parts), parts.denoiser_class, shape)
     shared = _shared(parts, given, shape)
     model.register_forward_hook(lambda _, given, output: require_size(unwrap(output), shape))
-    with torch.device("meta"), fitting(f"the {parts.denoiser} of {parts.place}", PIPELINE, shape):
-        rows = {key: torch.zeros(1, *row) for key, row in CALLS[parts.denoiser_class].tokens(parts.config).items()}
-        rows |= {key: torch.zeros(row.shape) for key, row in shared.items()}
+    with torch.device("meta"):
+        named = {key: torch.zeros(1, *row) for key, row in CALLS[parts.denoiser_class].tokens(parts.config).items()}
+        named |= {key: torch.zeros(row.shape) for key, row in shared.items()}
         if _classes(parts, given) is not None:
-            rows["class_labels"] = torch.zeros(1, dtype=torch.int64)
-        layers = cost.measure(model, torch.zeros(1, *shape), timestep=torch.zeros(1, dtype=torch.int64), **rows)
-    return sum(tensor.numel() for tensor in model.parameters()), sum(layer.macs for layer in layers)
+            named["class_labels"] = torch.zeros(1, dtype=torch.int64)
+        return model, torch.zeros(1, *shape), named | {"timestep": torch.zeros(1, dtype=torch.int64)}
 
 
 def _conditions(parts: Parts, given: Given, shape: Shape, texts: Callable[[], Any]) -> Callable[[], Conditions] | None:

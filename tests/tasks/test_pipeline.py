@@ -111,12 +111,15 @@ def test_size_and_features_are_those_of_the_denoiser(name: str, saved: Callable[
     condition = task.conditions().rows(EVALUATION, SEED, [0]) if task.conditions else {}
     parameters, macs = task.own.size()
     assert parameters == sum(tensor.numel() for tensor in denoiser.parameters())
-    measured = cost.measure(denoiser, torch.zeros(1, *task.sample_shape), timestep=torch.zeros(1), **condition)
+    x = torch.zeros(1, *task.sample_shape)
+    measured = cost.measure(denoiser, x, timestep=torch.zeros(1), **condition)
     attended = {"ddim", "dit"}  # others are estimated with as many tokens of text as real ones have
     assert macs == sum(layer.macs for layer in measured) if name in attended else macs > 0
     modules = dict(denoiser.named_modules())
     assert set(task.own.features) == {"middle_attention_input", "middle_output"}
-    assert all(module in modules for module in task.own.features.values())
+    for module in task.own.features.values():
+        numbers = cost.output_numbers(modules[module], lambda: denoiser(x, timestep=torch.zeros(1), **condition))
+        assert task.own.feature_numbers(module) == numbers
 
 
 def test_the_numbers_of_other_samplers_are_those_of_the_training(saved: Callable[[str], Path], prompts: str) -> None:
