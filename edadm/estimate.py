@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from edadm import memory
 from edadm.keys import Run
 from edadm.progress import duration
 from edadm.sampling.guidance import denoise_for
-from edadm.sampling.interface import unwrap
+from edadm.sampling.interface import Denoise, unwrap
 from edadm.sampling.noise import EVALUATION
 from edadm.tasks.base import fitting, noise_prediction, require_size
 
+Bind = Callable[[int], Denoise]  # from a number of rows to the network call that is timed
 PASSES = 2  # timed after one that warms up
 SLOW = 1.0  # seconds of one image
 # The work of a stage in forward passes of one row, measured on cifar10_tiny on a CPU.
@@ -28,15 +29,16 @@ ITERATION_SEPARATE = 8.0
 QUANTIZED = 1.2  # a row through the quantized network
 
 
-def stage_seconds(run: Run, seconds_per_row: float) -> dict[str, float]:
+def stage_seconds(run: Run, seconds_per_row: float, stages: Collection[str] = ()) -> dict[str, float]:
     """Return the estimated seconds of every stage of a run that the store does not have.
 
-    seconds_per_row: of a full-precision forward pass. Good to a factor of about two.
+    seconds_per_row: of a full-precision forward pass. stages: those that are asked for, default all. Good to a factor
+    of about two.
     """
     return {
         stage: count * seconds_per_row
         for stage, count in stage_passes(run).items()
-        if run.store.find(stage, run.key(stage)) is None
+        if (not stages or stage in stages) and run.store.find(stage, run.key(stage)) is None
     }
 
 
@@ -65,25 +67,42 @@ def seconds_per_row(run: Run) -> float:
 
     Under guidance this is that of two rows. A network so slow that one image takes long is timed on one image once.
     """
-    return _seconds_per_row(run, run.task.denoiser(run.device))
+    return _seconds_per_row(run, _on_images(run, run.task.denoiser(run.device)))
 
 
-def _seconds_per_row(run: Run, denoiser: nn.Module) -> float:
-    network = noise_prediction(denoiser)
+def _on_images(run: Run, denoiser: nn.Module) -> Bind:
+    """Return what makes the network call of so many of the images."""
+    network, seed = noise_prediction(denoiser), run.settings["evaluation_seed"]
+    return lambda rows: denoise_for(network, run.guidance, EVALUATION, seed, range(rows), run.device)
+
+
+def _on_calibration_rows(run: Run, denoiser: nn.Module) -> Bind:
+    """Return what makes the network call of so many calibration rows, all with the condition of the first."""
+    network, sample = noise_prediction(denoiser), memory.calibration_sample(run)
+    given = {name: rows[:1].to(run.device) for name, rows in zip(sample.names[1:], sample.inputs[2:], strict=True)}
+
+    def bind(rows: int) -> Denoise:
+        n = sample.copies * rows
+        named = {name: row.expand(n, *row.shape[1:]) for name, row in given.items()}
+        return lambda x, t: network(x.repeat(sample.copies, 1, 1, 1), timestep=t.repeat(sample.copies), **named)[:rows]
+
+    return bind
+
+
+def _seconds_per_row(run: Run, bind: Bind) -> float:
     if run.device.startswith("cuda"):  # its start-up belongs to no pass
-        _seconds(run, network, rows=1, passes=1)
-    if (once := _seconds(run, network, rows=1, passes=1)) > SLOW:
+        _seconds(run, bind, rows=1, passes=1)
+    if (once := _seconds(run, bind, rows=1, passes=1)) > SLOW:
         return once
     rows = min(run.settings["chunk"], 16)
-    _seconds(run, network, rows, passes=1)
-    return _seconds(run, network, rows, PASSES)
+    _seconds(run, bind, rows, passes=1)
+    return _seconds(run, bind, rows, PASSES)
 
 
-def _seconds(run: Run, network: Callable[..., torch.Tensor], rows: int, passes: int) -> float:
-    denoise = denoise_for(network, run.guidance, EVALUATION, run.settings["evaluation_seed"], range(rows), run.device)
-    shape = run.task.sample_shape
+def _seconds(run: Run, bind: Bind, rows: int, passes: int) -> float:
+    denoise, shape = bind(rows), run.task.sample_shape
     x, timestep = torch.zeros(rows, *shape, device=run.device), torch.zeros(rows, device=run.device)
-    with torch.no_grad(), fitting(f"the network in {run.task.location()}", run.task.name, shape):
+    with torch.no_grad(), fitting(f"the network in {run.task.weights or 'memory'}", run.task.name, shape):
         started = time.perf_counter()
         for _ in range(passes):
             output = unwrap(denoise(x, timestep))
@@ -101,15 +120,26 @@ def announcement(run: Run, baseline: Run | None) -> str:
     missing = stage_seconds(run, 1.0)
     if baseline is not None:
         missing |= {f"fp {stage}": passes for stage, passes in stage_seconds(baseline, 1.0).items()}
+    images = f"{run.settings['n_images']} images{_repeated_prompts(run)}"
+    return _announced(run, f"{images}, {len(run.sampler.timesteps)} steps", missing, _on_images)
+
+
+def announcement_of_quantization(run: Run) -> str:
+    """Return what `edadm.quantize` is about to cost, as `announcement` does, without what comes of images."""
+    missing = stage_seconds(run, 1.0, ("trajectories", "quantized"))
+    return _announced(run, f"{len(run.calibration_sampler.timesteps)} steps", missing, _on_calibration_rows)
+
+
+def _announced(run: Run, what: str, missing: Mapping[str, float], binding: Callable[[Run, nn.Module], Bind]) -> str:
+    """Return the lines on time and memory. missing: work of the stages to do. binding: what the network is timed on."""
+    label = run.settings.label
     if not missing:
-        return f"{run.settings.label}: every stage is in the cache"
+        return f"{label}: every stage is in the cache"
     denoiser = run.task.denoiser(run.device)
-    rate = _seconds_per_row(run, denoiser)
+    rate = _seconds_per_row(run, binding(run, denoiser))
     parts = ", ".join(f"{stage} {duration(passes * rate)}" for stage, passes in missing.items())
-    settings = run.settings
-    images = f"{settings['n_images']} images{_repeated_prompts(run)}"
-    what = f"{settings['profile.rows']} rows, {images}, {len(run.sampler.timesteps)} steps"
-    text = f"{settings.label} on {run.device}: {what}; about {duration(sum(missing.values()) * rate)} ({parts})"
+    total = duration(sum(missing.values()) * rate)
+    text = f"{label} on {run.device}: {run.settings['profile.rows']} rows, {what}; about {total} ({parts})"
     if "trajectories" in missing:
         text += f"\n{memory.trajectories_line(run, denoiser)}"
     if run.optimizer is not None and "quantized" in missing:

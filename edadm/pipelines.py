@@ -61,7 +61,8 @@ def quantize(
     Calibration samples with the pipeline's own scheduler, as many steps (at most 100) and the guidance that a call of
     the pipeline takes.
     Stages are kept in the cache; a call with the same arguments finds them, a killed one goes on.
-    Raises EdadmError before anything long for a pipeline that cannot be covered and for impossible choices.
+    Raises EdadmError before anything long for a pipeline that cannot be covered, for impossible choices, and where
+    memory is short; time and memory are estimated and logged first.
     """
     from edadm.experiment import set_machine
     from edadm.keys import Run
@@ -88,14 +89,18 @@ def quantize(
 
 
 def _quantized(run: Run, module: nn.Module) -> QuantModel:
-    """Return the quantized denoiser of a run, once it is known that nothing about it is impossible."""
+    """Return the quantized denoiser of a run, once it is known that nothing about it is impossible.
+
+    Says first what it will cost, and raises EdadmError where that cannot fit into memory.
+    """
     from edadm import stages
+    from edadm.estimate import announcement_of_quantization
     from edadm.experiment import calibrate
 
     if run.calibration_file:
         stages.stored_rows(run)
     QuantModel.wrap(_without_storage(module), run.bits, run.plan)
-    run.key("quantized")
+    logger.info("%s", announcement_of_quantization(run))
     return io.load(stages.quantized(run, calibrate(run)).folder)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import edadm
-from edadm import config, pipelines, stages
+from edadm import config, memory, pipelines, stages
 from edadm.calibration.rows import CalibrationSet
 from edadm.calibration.trajectories import Trajectories
 from edadm.checkout import root
@@ -143,6 +143,41 @@ def test_the_same_call_finds_what_it_has_made(cache: Path, tmp_path: Path, monke
     assert np.array_equal(images(quantized(ddim(tmp_path), "ddim"), "ddim"), images(first, "ddim"))
     with pytest.raises(TypeError):
         quantized(ddim(tmp_path), "ddim", seed=1)
+
+
+@pytest.mark.parametrize("name", ["ddim", "stable_diffusion", "flux"])
+def test_time_and_memory_are_said_before_anything_runs(
+    name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(pipelines.logger, "info", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(stages, "collect", None)
+    pipe = PIPELINES[name](tmp_path / "vocabulary")
+    with pytest.raises(TypeError):
+        quantized(pipe, name)
+    for words in ("on cpu: 4 rows, ", "; about ", "\ntrajectories: ", "\nmemory: inputs and targets of up to "):
+        assert words in said[-1]
+
+
+@pytest.mark.parametrize(("given", "needs"), [(0.0, "sampling the trajectories"), (1e5, "the reconstruction")])
+def test_too_little_memory_is_an_error_before_anything_runs(
+    given: float, needs: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {"device": given, "host": given, "disk": given}
+    monkeypatch.setattr(memory, "free_bytes", lambda run: free)
+    with pytest.raises(EdadmError, match=f"{needs} needs at least .* fewer rows"):
+        quantized(ddim(tmp_path), "ddim")
+    assert not cache.exists()
+
+
+def test_rows_of_ones_own_have_conditions(cache: Path, tmp_path: Path) -> None:
+    context = {"encoder_hidden_states": torch.rand(6, 8, 8)}
+    null = {"encoder_hidden_states": torch.rand(1, 8, 8)}
+    rows = CalibrationSet(torch.rand(6, 4, 8, 8), torch.arange(6) * 100, torch.arange(6), context, null)
+    file = rows.save(tmp_path / "rows.safetensors", {})
+    pipe = stable_diffusion(tmp_path / "vocabulary")
+    made = quantized(pipe, "stable_diffusion", calibration_set=str(file), reconstruction="layer")
+    assert made.unet.is_quantized
 
 
 def test_rows_of_ones_own_calibrate(cache: Path, tmp_path: Path) -> None:
