@@ -11,6 +11,7 @@ from torch import nn
 
 from edadm import memory
 from edadm.keys import Run
+from edadm.metrics.registry import INCEPTION
 from edadm.progress import duration
 from edadm.sampling.guidance import denoise_for
 from edadm.sampling.interface import Denoise, unwrap
@@ -19,6 +20,7 @@ from edadm.tasks.base import fitting, noise_prediction, require_size
 
 Bind = Callable[[int], Denoise]  # from a number of rows to the network call that is timed
 PASSES = 2  # timed after one that warms up
+LARGE = (*INCEPTION, "clip", "aesthetic", "fd_dinov2")  # metrics of large networks
 SLOW = 1.0  # seconds of one image
 # The work of a stage in forward passes of one row, measured on cifar10_tiny on a CPU.
 WEIGHT_RANGES = 150.0
@@ -60,6 +62,13 @@ def stage_passes(run: Run) -> dict[str, float]:
             if not run.calibration_file:
                 passes |= {"trajectories": rows * calls}
     return {} if run.images_folder else passes
+
+
+def not_counted(run: Run) -> str:
+    """Say what takes time beside the denoiser's calls, which alone are estimated; empty where that is little."""
+    decodes, scores = run.task.decoder is not None, any(name in LARGE for name in run.metrics)
+    what = "decoding and metrics come" if decodes and scores else "decoding comes" if decodes else "metrics come"
+    return f"{what} on top" if decodes or scores else ""
 
 
 def seconds_per_row(run: Run) -> float:
@@ -121,7 +130,7 @@ def announcement(run: Run, baseline: Run | None) -> str:
     if baseline is not None:
         missing |= {f"fp {stage}": passes for stage, passes in stage_seconds(baseline, 1.0).items()}
     images = f"{run.settings['n_images']} images{_repeated_prompts(run)}"
-    return _announced(run, f"{images}, {len(run.sampler.timesteps)} steps", missing, _on_images)
+    return _announced(run, f"{images}, {len(run.sampler.timesteps)} steps", missing, _on_images, not_counted(run))
 
 
 def announcement_of_quantization(run: Run) -> str:
@@ -130,8 +139,17 @@ def announcement_of_quantization(run: Run) -> str:
     return _announced(run, f"{len(run.calibration_sampler.timesteps)} steps", missing, _on_calibration_rows)
 
 
-def _announced(run: Run, what: str, missing: Mapping[str, float], binding: Callable[[Run, nn.Module], Bind]) -> str:
-    """Return the lines on time and memory. missing: work of the stages to do. binding: what the network is timed on."""
+def _announced(
+    run: Run,
+    what: str,
+    missing: Mapping[str, float],
+    binding: Callable[[Run, nn.Module], Bind],
+    beside: str = "",
+) -> str:
+    """Return the lines on time and memory.
+
+    missing: work of the stages to do. binding: what the network is timed on. beside: what is not in the time.
+    """
     label = run.settings.label
     if not missing:
         return f"{label}: every stage is in the cache"
@@ -140,6 +158,7 @@ def _announced(run: Run, what: str, missing: Mapping[str, float], binding: Calla
     parts = ", ".join(f"{stage} {duration(passes * rate)}" for stage, passes in missing.items())
     total = duration(sum(missing.values()) * rate)
     text = f"{label} on {run.device}: {run.settings['profile.rows']} rows, {what}; about {total} ({parts})"
+    text += f"; {beside}" if beside else ""
     if "trajectories" in missing:
         text += f"\n{memory.trajectories_line(run, denoiser)}"
     if run.optimizer is not None and "quantized" in missing:

@@ -19,7 +19,7 @@ import torch
 from edadm import memory
 from edadm.config import Settings
 from edadm.errors import EdadmError
-from edadm.estimate import seconds_per_row, stage_passes
+from edadm.estimate import not_counted, seconds_per_row, stage_passes
 from edadm.keys import Run
 from edadm.metric_needs import FETCHED, HERE, MISSING, Need, needs_of_metrics
 from edadm.parts import build_part
@@ -255,7 +255,8 @@ def time_lines(run: Run) -> list[str]:
         copies = 2 if _guides(run, run.settings["sampler"]) else 1
         seconds = copies * float(macs) / (EFFICIENCY * _products_per_second(run.device))
     lines = [f"  {stage:<12} about {duration(passes * seconds)}" for stage, passes in stage_passes(run).items()]
-    return [*lines, f"  full precision adds its own images: about {duration(_images(run) * seconds)}, once"]
+    lines.append(f"  full precision adds its own images: about {duration(_images(run) * seconds)}, once")
+    return [*lines, f"  {beside}"] if (beside := not_counted(run)) else lines
 
 
 def _guides(run: Run, sampling: Mapping[str, Any]) -> bool:

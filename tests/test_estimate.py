@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from edadm import estimate, experiment
 from edadm.keys import Run
 from tests.e2e.conftest import toy, toy_model
@@ -30,3 +32,10 @@ def test_more_work_costs_more(toy: Callable[..., Run]) -> None:
     assert seconds("method=rtn") < seconds("method=edadm", "reconstruction=block") < seconds("method=edadm")
     assert seconds("method=rtn") < seconds("method=rtn", "n_images=60")
     assert seconds("method=edadm", "preset=paper") < seconds("method=edadm", "preset=released")
+
+
+def test_what_is_not_in_the_time_is_said(toy: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = toy("method=rtn")
+    assert "on top" not in estimate.announcement(run, None)
+    monkeypatch.setattr(estimate, "LARGE", ("ssim",))
+    assert estimate.announcement(run, None).split("\n")[0].endswith("); metrics come on top")

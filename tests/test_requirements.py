@@ -39,6 +39,7 @@ def test_a_task_without_anything_says_what_to_get_and_what_to_expect() -> None:
     assert "cin256-v2" in text and "11.69 expected; below 11.09 or above 12.29 stop" in text
     for stage in ("trajectories", "quantized", "images"):
         assert stage in text
+    assert "\n  decoding and metrics come on top\n" in text
 
 
 def test_a_text_to_image_task_asks_for_prompts(tmp_path: Path) -> None:
