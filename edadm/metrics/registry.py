@@ -31,7 +31,7 @@ METRICS: dict[str, MetricInfo] = {
     "precision": MetricInfo("precision", True, "reference"),
     "recall": MetricInfo("recall", True, "reference"),
     "fd_tiny": MetricInfo("FD-tiny", False, "reference", proxy=True),
-    "fd_tiny_infinity": MetricInfo("FD-tiny, n to infinity", False, "reference", proxy=True),
+    "fd_tiny_infinity": MetricInfo("FD-tiny, n to infinity", False, "reference", proxy=True, version=2),
     "sfd_tiny": MetricInfo("sFD-tiny", False, "reference", proxy=True),
     "is_tiny": MetricInfo("IS-tiny", True, "set", proxy=True),
     "fd_tiny_to_fp": MetricInfo("FD-tiny to FP", False, "paired", proxy=True),

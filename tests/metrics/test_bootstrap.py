@@ -113,6 +113,17 @@ def test_resampled_means_do_not_depend_on_the_block(rng):
     assert one.shape == (25, 3)
 
 
+def test_extrapolation_lies_below_the_level_whatever_the_subsets(rng, reference):
+    _, fp = draw(reference, 400, rng, 1, 0)
+    level = frechet_distance(reference, statistics(fp))
+    many, one = (
+        [frechet_infinity(fp, reference, np.random.default_rng(seed), subsets=subsets) for seed in range(20)]
+        for subsets in (20, 1)
+    )
+    assert max(many) < level
+    assert np.std(many) < np.std(one) / 3
+
+
 def test_extrapolation_removes_most_of_the_bias_of_few_images(rng, reference):
     _, fp = draw(reference, 400, rng, 1, 0)  # the true distance is 0
     level = frechet_distance(reference, statistics(fp))
