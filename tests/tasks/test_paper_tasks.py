@@ -156,7 +156,7 @@ def test_cifar10_reads_early_folders_with_pickled_weights(tmp_path: Path) -> Non
 
 
 def test_stable_diffusion_without_prompts_or_transformers_says_so(tmp_path: Path) -> None:
-    with pytest.raises(EdadmError, match=r"set dataset\.prompts"):
+    with pytest.raises(EdadmError, match=r"dataset\.prompts is not set"):
         coco_sd14(path=str(tmp_path)).conditions()
 
 
