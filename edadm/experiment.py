@@ -147,6 +147,11 @@ def execute(run: Run, *, announce: bool = True) -> Path:
     return path
 
 
+def _baseline(run: Run) -> Run | None:
+    """Return the full-precision run that a run is compared with, None where there is none."""
+    return None if run.is_full_precision or run.images_folder else full_precision(run)
+
+
 def _execute(run: Run, announce: bool) -> Path:
     """Make a run, or find it made, and return the file of its record; say first what it will cost."""
     path = records.find_finished([run.results, *run.references], run.task.name, run.hash)
@@ -154,12 +159,12 @@ def _execute(run: Run, announce: bool) -> Path:
         logger.info("%s: record %s is there, nothing is computed", run.settings.label, path)
         if run.settings["save_calibration_set"]:
             _save_calibration_set(run, calibrate(run))
-        baseline = None if run.is_full_precision or run.images_folder else full_precision(run)
-        sample_grid.draw_again(run, baseline, path)
+        if not path.with_suffix(".png").exists():
+            sample_grid.draw_again(run, _baseline(run), path)
         _push(run, records.read(path))
         return path
     preflight.check(run)
-    baseline = None if run.is_full_precision or run.images_folder else full_precision(run)
+    baseline = _baseline(run)
     if announce and not run.images_folder:
         logger.info("%s", announcement(run, baseline))
     journal.start_run(run.results, run.hash, " ".join(run.settings.overrides), run.sweep)

@@ -19,13 +19,13 @@ def draw(run: Run, sampled: stages.Result, reference: stages.Result | None) -> d
 
 
 def draw_again(run: Run, baseline: Run | None, record: Path) -> None:
-    """Draw the picture of a made run where it is gone, as in a fresh clone, and the cache still has the images.
+    """Draw the lost picture of a made run, as in a fresh clone, where the cache still has the images.
 
     baseline: the full-precision run on the same noise. record: the file of the run's record.
     """
     path = record.with_suffix(".png")
     needed = [run] if baseline is None else [run, baseline]
-    if path.exists() or any(one.store.find("images", one.key("images")) is None for one in needed):
+    if any(one.store.find("images", one.key("images")) is None for one in needed):
         return
     try:
         drawn = _draw(path, stages.images(run, None), None if baseline is None else stages.images(baseline, None))
