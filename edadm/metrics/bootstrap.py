@@ -171,7 +171,12 @@ def frechet_difference(
 
 
 def frechet_infinity(
-    features: Features, reference: Statistics, rng: np.random.Generator, points: int = 15, subsets: int = 20
+    features: Features,
+    reference: Statistics,
+    rng: np.random.Generator,
+    points: int = 15,
+    subsets: int = 20,
+    device: torch.device | str = "cpu",
 ) -> float:
     """Extrapolate the Frechet distance of features (N, D) to infinitely many images.
 
@@ -185,11 +190,18 @@ def frechet_infinity(
     if n < 2 * (dimensions + 1):
         raise NotAvailable(f"the extrapolation needs at least {2 * (dimensions + 1)} images, got {n}")
     sizes = np.linspace(max(n // 4, dimensions + 1), n, points).round().astype(int)
-    distances = [
-        np.mean([frechet_distance(statistics(x[rng.permutation(n)[:size]]), reference) for _ in range(subsets)])
-        for size in sizes
-    ]
-    return float(np.polynomial.polynomial.polyfit(1 / sizes, distances, 1)[0])
+    counts = [_subsets(n, size, subsets if size < n else 1, rng) for size in sizes]
+    distances = frechet_draws(x, reference, np.concatenate(counts), device)
+    means = [part.mean() for part in np.split(distances, np.cumsum([len(part) for part in counts])[:-1])]
+    return float(np.polynomial.polynomial.polyfit(1 / sizes, means, 1)[0])
+
+
+def _subsets(n: int, size: int, subsets: int, rng: np.random.Generator) -> np.ndarray:
+    """Return which of n images are in each random subset of a size, as counts (subsets, n)."""
+    counts = np.zeros((subsets, n))
+    for row in counts:
+        row[rng.permutation(n)[:size]] = 1
+    return counts
 
 
 def _quantiles(draws: np.ndarray, level: float) -> tuple[float, float]:

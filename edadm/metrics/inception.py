@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from edadm.errors import EdadmError
 from edadm.metrics import references
+from edadm.metrics.bootstrap import frechet_infinity
 from edadm.metrics.frechet import Moments, NotAvailable, Statistics, full_float32
 from edadm.metrics.images import check_images
 from edadm.metrics.inception_network import InceptionNetwork
@@ -61,6 +63,19 @@ def extract(images: torch.Tensor, network: InceptionNetwork, batch: int = 64) ->
 def fid(features: InceptionFeatures, reference: InceptionReference) -> float:
     """Return the Frechet Inception Distance. Raises NotAvailable for fewer than 2 images."""
     return _distance(features.pooled, reference.pooled)
+
+
+def fid_infinity(
+    features: InceptionFeatures,
+    reference: InceptionReference,
+    rng: np.random.Generator,
+    device: torch.device | str = "cpu",
+) -> float:
+    """Return the FID extrapolated to infinitely many images, from one subset a size as Chong & Forsyth (2020).
+
+    Raises NotAvailable for fewer than 4,098 images, twice as many as its features and two more.
+    """
+    return frechet_infinity(features.pooled, reference.pooled, rng, subsets=1, device=device)
 
 
 def sfid(features: InceptionFeatures, reference: InceptionReference) -> float:

@@ -25,6 +25,7 @@ class MetricInfo:
 
 METRICS: dict[str, MetricInfo] = {
     "fid": MetricInfo("FID", False, "reference"),
+    "fid_infinity": MetricInfo("FID, n to infinity", False, "reference"),
     "sfid": MetricInfo("sFID", False, "reference"),
     "is": MetricInfo("IS", True, "set"),
     "kid": MetricInfo("KID", False, "reference"),
@@ -43,6 +44,6 @@ METRICS: dict[str, MetricInfo] = {
     "aesthetic": MetricInfo("aesthetic score", True, "set"),
     "fd_dinov2": MetricInfo("FD-DINOv2", False, "reference"),
 }
-INCEPTION = ("fid", "sfid", "is", "kid", "precision", "recall")  # measured in Inception's features
+INCEPTION = ("fid", "fid_infinity", "sfid", "is", "kid", "precision", "recall")  # measured in Inception's features
 PROMPTED = ("clip", "clip_tiny")  # of an image and its prompt
 TINY = ("fd_tiny", "fd_tiny_infinity", "sfd_tiny", "is_tiny", "fd_tiny_to_fp")  # in the embedded features

@@ -161,6 +161,11 @@ def _inception_distance(scored: ScoredImages, measure: Measure) -> dict[str, Any
     return _inception(scored, measure) | _against(scored.inception_reference)
 
 
+def _fid_infinity(scored: ScoredImages) -> float:
+    device = next(scored.inception_network.extractor.parameters()).device
+    return inception.fid_infinity(scored.inception_features, scored.inception_reference, scored.rng, device)
+
+
 def _against(reference: FeatureReference) -> dict[str, Any]:
     found: dict[str, Any] = {"reference": reference.name, "reference_n": reference.n or None}
     return found if reference.protocol is None else found | {"reference_protocol": reference.protocol}
@@ -215,6 +220,7 @@ _SCORERS: dict[str, Callable[[ScoredImages], dict[str, Any]]] = {
     "fid": lambda scored: _inception_distance(
         scored, lambda r: inception.fid(r.inception_features, r.inception_reference)
     ),
+    "fid_infinity": lambda scored: _inception_distance(scored, _fid_infinity),
     "sfid": lambda scored: _inception_distance(
         scored, lambda r: inception.sfid(r.inception_features, r.inception_reference)
     ),

@@ -124,6 +124,17 @@ def test_extrapolation_lies_below_the_level_whatever_the_subsets(rng, reference)
     assert np.std(many) < np.std(one) / 3
 
 
+def test_extrapolation_is_the_intercept_of_distances_in_the_reciprocal_of_n(rng, reference):
+    _, fp = draw(reference, 200, rng, 1, 0)
+    again, shuffled = np.random.default_rng(3), []
+    for size in (50, 125, 200):
+        shuffled.append(frechet_distance(statistics(fp[again.permutation(200)[:size]]), reference))
+    slope, intercept = np.polyfit([1 / 50, 1 / 125, 1 / 200], shuffled, 1)
+    found = frechet_infinity(fp, reference, np.random.default_rng(3), points=3, subsets=1)
+    assert slope > 0
+    assert found == pytest.approx(intercept)
+
+
 def test_extrapolation_removes_most_of_the_bias_of_few_images(rng, reference):
     _, fp = draw(reference, 400, rng, 1, 0)  # the true distance is 0
     level = frechet_distance(reference, statistics(fp))

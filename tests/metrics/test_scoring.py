@@ -19,7 +19,7 @@ from edadm.metrics.scoring import _SCORERS, _forget, score
 from .conftest import random_images
 
 TINY = ["fd_tiny", "sfd_tiny", "is_tiny", "fd_tiny_to_fp"]
-INCEPTION = ["fid", "sfid", "is", "kid", "precision", "recall"]
+INCEPTION = ["fid", "fid_infinity", "sfid", "is", "kid", "precision", "recall"]
 
 
 @pytest.fixture(scope="module")

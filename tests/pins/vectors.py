@@ -154,6 +154,7 @@ def _metrics() -> Iterator[tuple[str, Pin]]:
     )
     values: dict[str, Callable[[], Iterable[float]]] = {
         "fid": lambda: [inception.fid(seen, real)],
+        "fid_infinity": lambda: [inception.fid_infinity(seen, real, np.random.default_rng(0))],
         "sfid": lambda: [inception.sfid(seen, real)],
         "is": lambda: inception.inception_score(seen),
         "kid": lambda: inception.kid(seen, real, subset_size=20),
