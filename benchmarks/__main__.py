@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import records
+from benchmarks.limits import limits as limits_of_operations
 from benchmarks.operations import (
     BATCH,
     GROUPS,
@@ -28,7 +29,8 @@ DEFAULT_RESULTS = Path("results/local")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print a Markdown table for each task and write its record."""
     options = parser().parse_args(arguments)
-    for task in options.task:
+    on_gpu = torch.device(options.device).type != "cpu"
+    for task in (task for task in options.task if not (on_gpu and task == "limits")):  # it looks at calls on the CPU
         with records.one_setting(options.threads) as load:
             made = TASKS[task](options, torch.device(options.device), load)
         print(f"{made}\n\nRecord: {records.write(made, options.results)}\n")
@@ -80,9 +82,24 @@ def embedded(options: argparse.Namespace, device: torch.device, load: Load) -> B
     )
 
 
+def limits(options: argparse.Namespace, device: torch.device, load: Load) -> Benchmark:
+    """Say what limits the operations on the embedded network."""
+    return records.benchmark(
+        "limits",
+        f"What limits the operations on the embedded network at batch {BATCH}, on the CPU.",
+        "shares of an operation's time; rate: of the large product's",
+        [],
+        device,
+        options.threads,
+        load,
+        limits_of_operations(device, clock(device, options.threads)),
+    )
+
+
 TASKS: dict[str, Callable[[argparse.Namespace, torch.device, Load], Benchmark]] = {
     "golden": golden,
     "cifar10_tiny": embedded,
+    "limits": limits,
 }
 
 if __name__ == "__main__":

@@ -221,16 +221,18 @@ def iterations(bench: Bench) -> Iterator[Row]:
     for name, index in units_to_time(blocks).items():
         first = next(i for i, layer in enumerate(layers) if layer.name.startswith(blocks[index].name + "."))
         for title, (granularity, phase) in KINDS.items():
-            pairs = _reconstruct(bench, first if granularity == "layer" else index, granularity, phase)
+            pairs, settings = bench.pairs(), phase(4 * bench.repeats + 1)
+            unit = first if granularity == "layer" else index
+            reconstruct_unit(bench, unit, granularity, settings, lambda step, pairs=pairs: pairs.next())
             yield bench.row(title.format(name), pairs)
 
 
-def _reconstruct(bench: Bench, index: int, granularity: str, phase: Callable[[int], OnePhase]) -> Pairs:
-    """Reconstruct one unit and time its iterations, each from one look at the losses to the next."""
-    settings = phase(4 * bench.repeats + 1)
+def reconstruct_unit(
+    bench: Bench, index: int, granularity: str, settings: OnePhase, observe: Callable[[Any], None]
+) -> None:
+    """Reconstruct one unit alone; observe: called with the losses of every iteration."""
     (one,) = settings.phases()
     earlier = bench.network.units("layer" if granularity == "layer" else "block")[:index]
-    pairs = bench.pairs()
     reconstruct(
         bench.network,
         (bench.x, bench.timestep),
@@ -238,10 +240,9 @@ def _reconstruct(bench: Bench, index: int, granularity: str, phase: Callable[[in
         granularity,
         seeded(0),
         done={f"{one.name}.{unit.name}": unit_state(unit) for unit in earlier},
-        observe=lambda step: pairs.next(),
+        observe=observe,
         limit=index + 1,
     )
-    return pairs
 
 
 def units_to_time(units: list[Unit]) -> dict[str, int]:

@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 
 from benchmarks import records
+from benchmarks.limits import DISPATCH, MEMORY, PRODUCT, RATE, SHARE
 from benchmarks.operations import BATCH, KNOWN, YARDSTICK
 from benchmarks.records import Benchmark
 from benchmarks.timing import Row
@@ -19,10 +20,10 @@ BLOCK = "benchmark"
 
 def block(results: Path = COMMITTED) -> str:
     """Return the text between the markers, of the newest records in a results folder."""
-    golden, embedded = (records.newest(results, task) for task in ("golden", "cifar10_tiny"))
-    if golden is None or embedded is None:
+    found = [records.newest(results, task) for task in RENDERED]
+    if not all(found):
         return f"What quantization costs has no record yet: `{COMMAND}` on an idle machine makes one.\n"
-    return f"{_golden(*golden)}\n\n{_embedded(*embedded)}\n"
+    return "\n\n".join(render(*one) for render, one in zip(RENDERED.values(), found, strict=True) if one) + "\n"
 
 
 def _golden(path: Path, made: Benchmark) -> str:
@@ -31,11 +32,11 @@ def _golden(path: Path, made: Benchmark) -> str:
         "official code was timed on: median and quartiles of n ratios, each to a pass just before it."
     )
     table = ["| operation | here | n | official code |", "|---|---|---|---|"]
-    table += [_line(row) for row in made.rows if row.operation != YARDSTICK]
+    table += [_line(row) for row in made.rows if row.official != "-" and row.operation != YARDSTICK]
     foot = (
-        f"{_source(path, made)} The official ratios come from another machine: a plain double loop for the TDAC scores "
-        f"costs {_number(made.row(YARDSTICK).median)} passes here and {KNOWN[YARDSTICK].official} there, so take off "
-        "that factor before comparing."
+        f"{_source(path, made)} It has the iterations of every granularity and optimization. The official ratios come "
+        f"from another machine: a plain double loop for the TDAC scores costs {_number(made.row(YARDSTICK).median)} "
+        f"passes here and {KNOWN[YARDSTICK].official} there, so take off that factor before comparing."
     )
     return "\n".join([_wrapped(head), "", *table, "", _wrapped(foot)])
 
@@ -46,6 +47,20 @@ def _embedded(path: Path, made: Benchmark) -> str:
         f"The fake-quantized step of the embedded network costs {_ratio(row)} full-precision steps "
         f"(n={len(row.ratios)}). {_source(path, made)}"
     )
+
+
+def _limits(path: Path, made: Benchmark) -> str:
+    head = (
+        f"What limits them, on the embedded network at batch {BATCH}: shares of the time in convolutions and products, "
+        "in everything else, which waits for memory, and at most in the overhead of calls; and the rate of the "
+        "arithmetic, as a share of a large matrix product's "
+        f"({_number(made.facts[PRODUCT])} GFLOP/s)."
+    )
+    table = ["| operation | arithmetic | at the rate | memory | calls |", "|---|---|---|---|---|"]
+    for name in dict.fromkeys(name.rpartition(": ")[0] for name in made.facts if name != PRODUCT):
+        shares = (made.facts[f"{name}: {what}"] for what in (SHARE, RATE, MEMORY, DISPATCH))
+        table.append(f"| {name} | {' | '.join(f'{share:.0%}' for share in shares)} |")
+    return "\n".join([_wrapped(head), "", *table, "", _wrapped(_source(path, made))])
 
 
 def _line(row: Row) -> str:
@@ -67,6 +82,10 @@ def _source(path: Path, made: Benchmark) -> str:
 
 def _wrapped(text: str) -> str:
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+RENDERED = {"golden": _golden, "cifar10_tiny": _embedded, "limits": _limits}
+"""The tasks of the benchmark, and how each is rendered."""
 
 
 def main() -> None:

@@ -66,9 +66,9 @@ class Benchmark:
         return {row.operation: row for row in self.rows}[operation]
 
     def __str__(self) -> str:
-        facts = "".join(f"{name}: {value:.3g}. " for name, value in self.facts.items())
-        head = f"{self.title} Unit: {self.unit}. {facts}\n{self.machine}. Peak memory {self.peak_memory_mib:.0f} MiB."
-        return f"{head}\n\n{markdown(self.rows)}"
+        facts = "".join(f"- {name}: {value:.3g}\n" for name, value in self.facts.items())
+        head = f"{self.title} Unit: {self.unit}.\n{self.machine}. Peak memory {self.peak_memory_mib:.0f} MiB."
+        return "\n\n".join(part for part in (head, facts, markdown(self.rows) if self.rows else "") if part)
 
 
 @contextmanager

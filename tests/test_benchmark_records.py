@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import readme, records
+from benchmarks.limits import PRODUCT
 from benchmarks.operations import KNOWN, YARDSTICK
 from benchmarks.records import Benchmark
 from benchmarks.timing import Row
@@ -69,8 +70,11 @@ def test_a_benchmark_beside_records_of_runs_is_no_broken_one(tmp_path: Path, cap
 def test_the_block_holds_what_the_records_hold(tmp_path: Path):
     records.write(made(), tmp_path)
     records.write(step(), tmp_path)
+    shares = {"step: arithmetic": 0.805, "step: rate": 0.5, "step: memory": 0.19, "step: dispatch": 0.005}
+    records.write(made("limits", rows=(), facts={PRODUCT: 40.0} | shares), tmp_path)
     text = readme.block(tmp_path)
     assert f"| {SEARCH} | 20 [15, 25] | 3 | 215–360 |" in text.splitlines()
+    assert "| step | 80% | 50% | 19% | 0% |" in text.splitlines() and "(40 GFLOP/s)" in text
     assert "loop for the TDAC scores costs 46 passes" in text.replace("\n", " ")
     assert "costs 1.2 [1.15, 1.25] full-precision steps (n=3)" in text.replace("\n", " ")
     assert "golden-2026-01-02T03-04-05.json" in text and f"| {YARDSTICK}" not in text

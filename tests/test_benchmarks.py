@@ -9,7 +9,17 @@ import pytest
 import torch
 
 import benchmarks.__main__ as command
-from benchmarks.operations import CONFIG, GROUPS, KNOWN, RANGE_ROWS, Bench, embedded_step, prepare, units_to_time
+from benchmarks import limits
+from benchmarks.operations import (
+    CONFIG,
+    GROUPS,
+    KNOWN,
+    RANGE_ROWS,
+    Bench,
+    embedded_step,
+    prepare,
+    units_to_time,
+)
 from benchmarks.records import newest
 from benchmarks.timing import HEADER, Pairs, Row, markdown
 
@@ -89,6 +99,27 @@ def test_command_prints_what_was_measured_and_keeps_it(monkeypatch, capsys, tmp_
     (row,) = made.rows
     assert len(row.seconds) == len(row.references) == 2 and made.peak_memory_mib > 0
     assert made.provenance["libraries"]["torch"] in torch.__version__
+
+
+def test_time_is_spent_where_the_work_is(bench):
+    found = {name: limits.spent(watched) for name, watched in limits.operations(bench)}
+    assert len(found) == 3
+    for used in found.values():
+        assert 0 < used.arithmetic < used.seconds and used.calls > 0
+    full, quantized = found["full-precision step"], found["fake-quantized step"]
+    assert quantized.flop == full.flop and quantized.calls > full.calls
+
+
+def test_attention_of_the_cpu_is_counted():
+    q = torch.ones(2, 3, 5, 8)
+    with limits.counter_of_operations() as counter:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert counter.get_total_flops() == 2 * (2 * 2 * 3 * 5 * 5 * 8)
+
+
+def test_products_and_calls_take_time():
+    assert limits.product_rate(64, 1) > 1e6
+    assert 0 < limits.call_seconds(10) < 1
 
 
 def test_embedded_step_is_one_line_and_two_rates():
