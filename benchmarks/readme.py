@@ -60,7 +60,8 @@ def _limits(path: Path, made: Benchmark) -> str:
     for name in dict.fromkeys(name.rpartition(": ")[0] for name in made.facts if name != PRODUCT):
         shares = (made.facts[f"{name}: {what}"] for what in (SHARE, RATE, MEMORY, DISPATCH))
         table.append(f"| {name} | {' | '.join(f'{share:.0%}' for share in shares)} |")
-    return "\n".join([_wrapped(head), "", *table, "", _wrapped(_source(path, made))])
+    foot = f"Were all but arithmetic free, the last would be {1 / made.facts[f'{name}: {SHARE}']:.2f} times as fast."
+    return "\n".join([_wrapped(head), "", *table, "", _wrapped(f"{foot} {_source(path, made)}")])
 
 
 def _line(row: Row) -> str:
