@@ -148,20 +148,21 @@ def same(one: str, other: str) -> bool:
 
 
 def names() -> list[str]:
-    """Return the names of all experiments: tables, then figures, by number."""
+    """Return the names of all experiments: tables, then figures, by number, then those beyond the paper."""
 
-    def order(name: str) -> tuple[bool, int, str]:
+    def order(name: str) -> tuple[int, int, str]:
         number = re.search(r"\d+", name)
-        return (not name.startswith("table"), int(number[0]) if number else 0, name)
+        kind = next((i for i, word in enumerate(("table", "fig")) if name.startswith(word)), 2)
+        return (kind, int(number[0]) if number else 0, name)
 
     return sorted((path.stem for path in (root() / GROUP).glob("*.yaml")), key=order)
 
 
 def source_of(name: str) -> str:
-    """Return what the paper calls an experiment: Table VI, Figure 10, Figures 12 and 13."""
+    """Return what the paper calls an experiment (Table VI, Figure 10, Figures 12 and 13), or that it does not."""
     match = re.match(r"(table|fig)(\d+)(?:_(\d+))?(?=_|$)", name)
     if match is None:
-        return name
+        return "Beyond the paper"
     kind, first, second = match.groups()
     if kind == "table":
         return f"Table {_roman(int(first))}"

@@ -8,11 +8,12 @@ from edadm.errors import EdadmError
 from edadm.report.experiment_file import load, missing_parts, names, same, source_of
 
 
-def test_tables_come_before_figures_by_number() -> None:
+def test_tables_come_before_figures_by_number_and_others_last() -> None:
     found = names()
-    assert len(found) == 20
+    assert len(found) == 22
     assert found[:2] == ["table1_cifar10", "table2_lsun"] and found[10] == "table11_deployment"
-    assert found[11] == "fig3_activation_range" and found[-1] == "fig12_13_deployment"
+    assert found[11] == "fig3_activation_range" and found[19] == "fig12_13_deployment"
+    assert found[20:] == ["soft_rounding", "step_error"]
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,7 @@ def test_tables_come_before_figures_by_number() -> None:
         ("table9_x", "Table IX"),
         ("fig10_h", "Figure 10"),
         ("fig12_13_d", "Figures 12 and 13"),
+        ("step_error", "Beyond the paper"),
     ],
 )
 def test_an_experiment_knows_what_the_paper_calls_it(name: str, source: str) -> None:
