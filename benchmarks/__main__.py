@@ -93,6 +93,7 @@ def limits(options: argparse.Namespace, device: torch.device, load: Load) -> Ben
         options.threads,
         load,
         limits_of_operations(device, clock(device, options.threads)),
+        clock="wall clock",
     )
 
 

@@ -91,10 +91,14 @@ def benchmark(
     threads: int,
     load: Load,
     facts: dict[str, float] | None = None,
+    clock: str | None = None,
 ) -> Benchmark:
-    """Return the record of measurements that have just ended; load: the machine's before the first of them."""
+    """Return the record of measurements that have just ended; load: the machine's before the first of them.
+
+    clock: what was read where it was not ``timing.clock``.
+    """
     return Benchmark(
-        task, title, unit, tuple(rows), clock_name(device, threads), threads, (load, os.getloadavg()),
+        task, title, unit, tuple(rows), clock or clock_name(device, threads), threads, (load, os.getloadavg()),
         peak_mebibytes(device), facts or {}, provenance(str(device)),
     )  # fmt: skip
 
