@@ -92,7 +92,7 @@ def limits(options: argparse.Namespace, device: torch.device, load: Load) -> Ben
         device,
         options.threads,
         load,
-        limits_of_operations(device, clock(device, options.threads)),
+        limits_of_operations(),
         clock="wall clock",
     )
 

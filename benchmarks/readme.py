@@ -23,7 +23,7 @@ def block(results: Path = COMMITTED) -> str:
     found = [records.newest(results, task) for task in RENDERED]
     if not all(found):
         return f"What quantization costs has no record yet: `{COMMAND}` on an idle machine makes one.\n"
-    return "\n\n".join(render(*one) for render, one in zip(RENDERED.values(), found, strict=True) if one) + "\n"
+    return "\n\n".join(render(*one) for render, one in zip(RENDERED.values(), found, strict=True)) + "\n"
 
 
 def _golden(path: Path, made: Benchmark) -> str:
@@ -57,10 +57,12 @@ def _limits(path: Path, made: Benchmark) -> str:
         f"({_number(made.facts[PRODUCT])} GFLOP/s)."
     )
     table = ["| operation | arithmetic | at the rate | memory | calls |", "|---|---|---|---|---|"]
-    for name in dict.fromkeys(name.rpartition(": ")[0] for name in made.facts if name != PRODUCT):
+    names = list(dict.fromkeys(fact.rpartition(": ")[0] for fact in made.facts if fact != PRODUCT))
+    for name in names:
         shares = (made.facts[f"{name}: {what}"] for what in (SHARE, RATE, MEMORY, DISPATCH))
         table.append(f"| {name} | {' | '.join(f'{share:.0%}' for share in shares)} |")
-    foot = f"Were all but arithmetic free, the last would be {1 / made.facts[f'{name}: {SHARE}']:.2f} times as fast."
+    gain = 1 / made.facts[f"{names[-1]}: {SHARE}"]
+    foot = f"Were all but arithmetic free, the last would be {gain:.2f} times as fast."
     return "\n".join([_wrapped(head), "", *table, "", _wrapped(f"{foot} {_source(path, made)}")])
 
 

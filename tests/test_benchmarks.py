@@ -10,16 +10,7 @@ import torch
 
 import benchmarks.__main__ as command
 from benchmarks import limits
-from benchmarks.operations import (
-    CONFIG,
-    GROUPS,
-    KNOWN,
-    RANGE_ROWS,
-    Bench,
-    embedded_step,
-    prepare,
-    units_to_time,
-)
+from benchmarks.operations import CONFIG, GROUPS, KNOWN, RANGE_ROWS, Bench, embedded_step, prepare, units_to_time
 from benchmarks.records import newest
 from benchmarks.timing import HEADER, Pairs, Row, markdown
 

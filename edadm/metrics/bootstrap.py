@@ -190,13 +190,12 @@ def frechet_infinity(
     if n < 2 * (dimensions + 1):
         raise NotAvailable(f"the extrapolation needs at least {2 * (dimensions + 1)} images, got {n}")
     sizes = np.linspace(max(n // 4, dimensions + 1), n, points).round().astype(int)
-    counts = [_subsets(n, size, subsets if size < n else 1, rng) for size in sizes]
-    distances = frechet_draws(x, reference, np.concatenate(counts), device)
-    means = [part.mean() for part in np.split(distances, np.cumsum([len(part) for part in counts])[:-1])]
-    return float(np.polynomial.polynomial.polyfit(1 / sizes, means, 1)[0])
+    counts = np.concatenate([_subset_counts(n, size, subsets, rng) for size in sizes])
+    distances = frechet_draws(x, reference, counts, device).reshape(points, subsets)
+    return float(np.polynomial.polynomial.polyfit(1 / sizes, distances.mean(1), 1)[0])
 
 
-def _subsets(n: int, size: int, subsets: int, rng: np.random.Generator) -> np.ndarray:
+def _subset_counts(n: int, size: int, subsets: int, rng: np.random.Generator) -> np.ndarray:
     """Return which of n images are in each random subset of a size, as counts (subsets, n)."""
     counts = np.zeros((subsets, n))
     for row in counts:

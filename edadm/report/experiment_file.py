@@ -24,6 +24,7 @@ SCALES = ("tiny", "paper")
 NOT_YET = "not available yet"
 FUTURE_GROUPS = ("deployment",)  # that experiment files name and ``conf`` need not have
 FP = "fp"
+_OF_THE_PAPER = re.compile(r"(table|fig)(\d+)(?:_(\d+))?(?=_|$)")
 
 
 @dataclass(frozen=True)
@@ -151,16 +152,15 @@ def names() -> list[str]:
     """Return the names of all experiments: tables, then figures, by number, then those beyond the paper."""
 
     def order(name: str) -> tuple[int, int, str]:
-        number = re.search(r"\d+", name)
-        kind = next((i for i, word in enumerate(("table", "fig")) if name.startswith(word)), 2)
-        return (kind, int(number[0]) if number else 0, name)
+        match = _OF_THE_PAPER.match(name)
+        return (("table", "fig").index(match[1]), int(match[2]), name) if match else (2, 0, name)
 
     return sorted((path.stem for path in (root() / GROUP).glob("*.yaml")), key=order)
 
 
 def source_of(name: str) -> str:
     """Return what the paper calls an experiment (Table VI, Figure 10, Figures 12 and 13), or that it does not."""
-    match = re.match(r"(table|fig)(\d+)(?:_(\d+))?(?=_|$)", name)
+    match = _OF_THE_PAPER.match(name)
     if match is None:
         return "Beyond the paper"
     kind, first, second = match.groups()
