@@ -6,6 +6,7 @@ import itertools
 import re
 import shlex
 import shutil
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from edadm.report.render import markdown
 from edadm.report.table import tables
 from edadm.sampling.noise import SELECTION, numpy_rng
 from edadm.tasks import ddim_checkpoint
+from experiments import demo_band
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -217,3 +219,34 @@ def test_the_cost_of_quantization_is_that_of_its_record() -> None:
     assert record.profile == "reference"
     assert (int(minutes), int(seconds)) == divmod(round(record.quantization_seconds), 60)
     assert float(gigabytes) == round(record.quantization_peak_mib / 1024, 1)
+
+
+def test_the_time_of_the_demo_is_that_of_its_records() -> None:
+    found = re.search(
+        r"stages of these records took (\d+) min (\d+) s, (\d+) min (\d+) s of it the 256 images",
+        " ".join(README.split()),
+    )
+    minutes, seconds, of_images, rest = map(int, found.groups())
+    stages = [
+        (name, stage.seconds)
+        for record in records.read_all([ROOT / "results" / "demo"])
+        for name, stage in record.stages.items()
+        if not stage.reused
+    ]
+    assert (minutes, seconds) == divmod(round(sum(spent for _, spent in stages)), 60)
+    assert (of_images, rest) == divmod(round(sum(spent for name, spent in stages if name == "sampling")), 60)
+
+
+def test_the_spread_of_the_demo_is_that_of_its_band() -> None:
+    text = " ".join(README.split())
+    values = demo_band.read(demo_band.BANDS / "demo.json").values
+    for method in ("edadm", "qdiffusion", "rtn"):
+        mean, deviation = re.search(rf"([\d.]+) ± ([\d.]+) for {method}\b", text).groups()
+        of_seeds = values[method]["fd_tiny"]
+        assert (mean, deviation) == (f"{statistics.mean(of_seeds):.2f}", f"{statistics.stdev(of_seeds):.2f}")
+    (above,) = re.search(r"rtn is (\d+) deviations above full precision", text).groups()
+    (fp,) = [record for record in records.read_all([ROOT / "results" / "demo"]) if record.is_fp]
+    rtn = values["rtn"]["fd_tiny"]
+    assert (
+        int(above) <= (statistics.mean(rtn) - fp.metrics["fd_tiny"]["value"]) / statistics.stdev(rtn) < int(above) + 1
+    )
